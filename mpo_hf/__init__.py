@@ -1,0 +1,19 @@
+"""Mixing Preference Optimization for Hugging Face Transformers."""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .configuration_mixture import MixtureComponent, MixturePolicyConfig
+from .modeling_mixture import MixturePolicyModel
+from .optim import MirrorDescent
+
+
+__version__ = "0.1.0"
+__all__ = [
+    "MirrorDescent",
+    "MixtureComponent",
+    "MixturePolicyConfig",
+    "MixturePolicyModel",
+]
+
+AutoConfig.register(MixturePolicyConfig.model_type, MixturePolicyConfig, exist_ok=True)
+AutoModelForCausalLM.register(MixturePolicyConfig, MixturePolicyModel, exist_ok=True)

@@ -1,0 +1,325 @@
+"""Configuration of a mixture of policies: which components, with which weights, relative to which reference."""
+
+import copy
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from .compat import layer_types_of
+
+
+WEIGHT_SUM_TOLERANCE = 1e-4
+
+
+def check_mixture_weights(
+    weights: Sequence[float] | torch.Tensor, num_components: int, allow_off_simplex: bool = False
+) -> torch.Tensor:
+    """
+    Checks mixture weights and normalises what rounding has left of their sum.
+
+    Args:
+        weights (`Sequence[float]` or `torch.Tensor`):
+            Weights of shape `(K,)`, or `(batch_size, K)` for weights of each row's own.
+        num_components (`int`):
+            The number K of components.
+        allow_off_simplex (`bool`, *optional*, defaults to `False`):
+            Whether weights may be negative and sum to anything, as decoding-time realignment and contrastive decoding
+            need. They are then taken as they are.
+
+    Returns:
+        `torch.Tensor`: the weights in float64, on the CPU.
+
+    Raises:
+        `ValueError`: when there are not K of them, one is not finite, or they are off the simplex by more than 1e-4.
+    """
+    try:
+        checked = torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as err:
+        raise ValueError(f"Mixture weights must be numbers, one a component, got {weights!r}.") from err
+    if checked.ndim not in (1, 2) or checked.shape[-1] != num_components:
+        raise ValueError(
+            f"Expected {num_components} mixture weights, one a component: shape ({num_components},), or (batch_size, "
+            f"{num_components}) for weights by row. Got shape {tuple(checked.shape)}: {weights!r}."
+        )
+    if not torch.isfinite(checked).all():
+        raise ValueError(f"Mixture weights must be finite, got {checked.tolist()}.")
+    if allow_off_simplex:
+        return checked
+    sums = checked.sum(-1, keepdim=True)
+    if (checked < 0).any() or ((sums - 1).abs() > WEIGHT_SUM_TOLERANCE).any():
+        raise ValueError(
+            f"Mixture weights must be >= 0 and sum to 1 (within {WEIGHT_SUM_TOLERANCE}), got {checked.tolist()} with "
+            f"sum {sums.squeeze(-1).tolist()}. Divide them by their sum, or pass `allow_off_simplex=True` if you mean "
+            "to extrapolate."
+        )
+    return checked / sums
+
+
+@dataclass
+class MixtureComponent:
+    """
+    Where one policy of a mixture lives. Everything but `name_or_path` is optional.
+
+    Args:
+        name_or_path (`str`, *optional*):
+            Repo id or folder of a causal language model; with an `adapter`, of the adapter's base. In a saved config, a
+            path that starts with `./` or `../`, or that exists in the folder of the config, is relative to that
+            folder. `None` for a model that was given in memory.
+        revision (`str`, *optional*):
+            Branch, tag or commit of `name_or_path`.
+        subfolder (`str`, *optional*):
+            Folder inside `name_or_path`.
+        variant (`str`, *optional*):
+            Variant of the weight files, such as `"fp16"`.
+        dtype (`str`, *optional*):
+            dtype to load this component in, such as `"bfloat16"`.
+        gguf_file (`str`, *optional*):
+            GGUF file inside `name_or_path` to load the model from.
+        adapter (`str`, *optional*):
+            Repo id or folder of a PEFT adapter over `name_or_path`.
+        adapter_revision (`str`, *optional*):
+            Branch, tag or commit of `adapter`; independent of `revision`.
+        adapter_subfolder (`str`, *optional*):
+            Folder inside `adapter`.
+        label (`str`, *optional*):
+            Name of the objective that this policy is aligned to.
+    """
+
+    name_or_path: str | None = None
+    revision: str | None = None
+    subfolder: str | None = None
+    variant: str | None = None
+    dtype: str | None = None
+    gguf_file: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
+    adapter_subfolder: str | None = None
+    label: str | None = None
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, os.PathLike):
+                setattr(self, field.name, os.fspath(value))
+            elif isinstance(value, torch.dtype):
+                setattr(self, field.name, str(value).removeprefix("torch."))
+            elif value is not None and (not isinstance(value, str) or not value):
+                raise ValueError(f"`{field.name}` of a component must be a non-empty string, got {value!r}.")
+        if (
+            self.dtype is not None
+            and self.dtype != "auto"
+            and not isinstance(getattr(torch, self.dtype, None), torch.dtype)
+        ):
+            raise ValueError(
+                f"`dtype` of a component must name a torch dtype, such as 'bfloat16', got {self.dtype!r}."
+            )
+        if self.adapter is None and (self.adapter_revision or self.adapter_subfolder):
+            raise ValueError("`adapter_revision` and `adapter_subfolder` need an `adapter`.")
+
+    @classmethod
+    def from_dict(cls, spec: "dict[str, Any] | MixtureComponent") -> "MixtureComponent":
+        """Builds a component from a dictionary, refusing keys that no component has."""
+        if isinstance(spec, cls):
+            return replace(spec)
+        known = [field.name for field in fields(cls)]
+        if not isinstance(spec, dict) or (unknown := sorted(set(spec) - set(known))):
+            what = f"the unknown keys {unknown}" if isinstance(spec, dict) else repr(spec)
+            raise ValueError(f"A component is described by a dictionary with the keys {known}, got {what}.")
+        return cls(**spec)
+
+    def to_dict(self) -> dict[str, str]:
+        """The component as a dictionary, without the fields that are not set."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    @property
+    def checkpoint(self) -> tuple[str | None, ...]:
+        """What decides which weights are loaded, an adapter aside: components that agree here share one model."""
+        return (self.name_or_path, self.revision, self.subfolder, self.variant, self.dtype, self.gguf_file)
+
+    @property
+    def source(self) -> str:
+        """Where the component comes from, for messages and model cards."""
+        return self.adapter or self.name_or_path or "a model in memory"
+
+
+class MixturePolicyConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`MixturePolicyModel`]: a log-linear mixture \\(\pi(y|x) \propto \prod_k \pi_k(y|x)^{\lambda_k}\\)
+    of causal language models.
+
+    To `generate()` and its caches it presents itself as one decoder with the layers of all components, one after
+    another; `num_hidden_layers`, `layer_types` and `per_layer_config` are computed from the components.
+
+    Args:
+        components (`list[dict]` or `list[MixtureComponent]`, *optional*):
+            The components in order; see [`MixtureComponent`] for the keys.
+        mixture_weights (`list[float]`, *optional*):
+            The mixture weights λ. Defaults to uniform weights.
+        reference (`dict` or `MixtureComponent`, *optional*):
+            The reference policy that the components were aligned from. It is not part of the mixture, and only loaded
+            when it is asked for.
+        component_configs (`list[PreTrainedConfig]` or `list[dict]`, *optional*):
+            The configurations of the components themselves. Filled in when components are loaded.
+        vocab_size (`int`, *optional*):
+            Number of token ids that all components have in common. Defaults to the smallest vocabulary.
+        allow_off_simplex (`bool`, *optional*, defaults to `False`):
+            Whether weights may be negative or sum to something other than 1.
+        kwargs:
+            Passed on to [`~transformers.PreTrainedConfig`].
+
+    Raises:
+        `ValueError`: for weights, components or a vocabulary size that make no sense.
+
+    Example:
+
+    ```python
+    >>> from mpo_hf import MixturePolicyConfig
+
+    >>> config = MixturePolicyConfig(
+    ...     components=[
+    ...         {"label": "helpful", "name_or_path": "org/sft", "adapter": "org/helpful-lora"},
+    ...         {"label": "harmless", "name_or_path": "org/harmless", "revision": "v1.0"},
+    ...     ],
+    ...     mixture_weights=[0.25, 0.75],
+    ...     reference={"name_or_path": "org/sft"},
+    ... )
+    >>> config.labels
+    ['helpful', 'harmless']
+    ```
+    """
+
+    model_type = "mpo_mixture"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        components: list[dict | MixtureComponent] | None = None,
+        mixture_weights: Sequence[float] | None = None,
+        reference: dict | MixtureComponent | None = None,
+        component_configs: list[PreTrainedConfig | dict] | None = None,
+        vocab_size: int | None = None,
+        allow_off_simplex: bool = False,
+        **kwargs,
+    ):
+        if component_configs is not None and not isinstance(component_configs, list | tuple):
+            raise ValueError(f"`component_configs` must be a list, one a component, got {component_configs!r}.")
+        self.component_configs = [_to_config(config) for config in component_configs or []]
+        if components is None:
+            components = [{} for _ in self.component_configs]
+        elif not isinstance(components, list | tuple):
+            raise ValueError(f"`components` must be a list of dictionaries, got {components!r}.")
+        self.components = [MixtureComponent.from_dict(component) for component in components]
+        if self.component_configs and len(self.component_configs) != len(self.components):
+            raise ValueError(
+                f"Got {len(self.component_configs)} `component_configs` for {len(self.components)} `components`."
+            )
+        self.reference = None if reference is None else MixtureComponent.from_dict(reference)
+        if not isinstance(allow_off_simplex, bool):
+            raise ValueError(f"`allow_off_simplex` must be true or false, got {allow_off_simplex!r}.")
+        self.allow_off_simplex = allow_off_simplex
+        self.mixture_weights = mixture_weights
+        if vocab_size is not None and (not isinstance(vocab_size, int) or vocab_size < 1):
+            raise ValueError(f"`vocab_size` must be a positive integer, got {vocab_size!r}.")
+        self.vocab_size = vocab_size
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(name, self._first_of(name))
+        kwargs.setdefault("tie_word_embeddings", False)
+        self.use_cache = kwargs.pop("use_cache", True)
+        super().__init__(**kwargs)
+        if self.vocab_size is None and self.component_configs:
+            self.vocab_size = min(config.vocab_size for config in self.decoder_configs)
+
+    @property
+    def mixture_weights(self) -> list[float]:
+        """The mixture weights λ, one a component. Assigning checks them."""
+        return list(self._mixture_weights)
+
+    @mixture_weights.setter
+    def mixture_weights(self, weights: Sequence[float] | torch.Tensor | None) -> None:
+        count = len(self.components)
+        if weights is None:
+            weights = [1 / max(count, 1)] * count
+        # Transformers compares every config with one built without arguments: no components, no weights
+        checked = check_mixture_weights(weights, count, self.allow_off_simplex) if count else torch.empty(0)
+        if checked.ndim != 1:
+            raise ValueError(f"A config holds one weight a component, got {weights!r}.")
+        self._mixture_weights = checked.tolist()
+
+    def _first_of(self, name: str) -> Any:
+        return next((v for c in self.decoder_configs if (v := getattr(c, name, None)) is not None), None)
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the components: their labels where they have one, made unique, `policy_k` otherwise."""
+        labels: list[str] = []
+        for k, component in enumerate(self.components):
+            label = component.label or f"policy_{k}"
+            labels.append(label if label not in labels else f"{label}_{k}")
+        return labels
+
+    @property
+    def decoder_configs(self) -> list[PreTrainedConfig]:
+        """The part of each component's configuration that describes its text decoder."""
+        return [config.get_text_config(decoder=True) for config in self.component_configs]
+
+    # The fields below describe the decoder that the mixture presents itself as. Setters exist because loading code
+    # writes back whatever it finds in a config file; what is computed stays computed.
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return sum(config.num_hidden_layers for config in self.decoder_configs)
+
+    @property
+    def layer_types(self) -> list[str]:
+        return [layer_type for config in self.decoder_configs for layer_type in layer_types_of(config)]
+
+    @property
+    def per_layer_config(self) -> list[PreTrainedConfig]:
+        return [layer for config in self.decoder_configs for layer in list(config.per_layer_config)]
+
+    @per_layer_config.setter
+    def per_layer_config(self, value: Any) -> None:
+        if value is not None:
+            raise ValueError("The layers of a mixture are those of its components; change the components instead.")
+
+    @property
+    def hidden_size(self) -> int | None:
+        return max((config.hidden_size for config in self.decoder_configs), default=None)
+
+    @property
+    def num_attention_heads(self) -> int | None:
+        return max((config.num_attention_heads for config in self.decoder_configs), default=None)
+
+    @property
+    def max_position_embeddings(self) -> int | None:
+        """The shortest context of the components that state one."""
+        lengths = [getattr(config, "max_position_embeddings", None) for config in self.decoder_configs]
+        return min((length for length in lengths if length is not None and math.isfinite(length)), default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        output["mixture_weights"] = output.pop("_mixture_weights")
+        output["components"] = [component.to_dict() for component in self.components]
+        output["reference"] = self.reference.to_dict() if self.reference is not None else None
+        output["component_configs"] = [_slim_dict(config) for config in self.component_configs]
+        return output
+
+
+def _to_config(config: PreTrainedConfig | dict) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ValueError(f"Every entry of `component_configs` needs a `model_type`, got {config!r}.")
+    config = copy.deepcopy(config)
+    return AutoConfig.for_model(config.pop("model_type"), **config)
+
+
+def _slim_dict(config: PreTrainedConfig) -> dict[str, Any]:
+    slim = config.to_diff_dict()
+    slim.pop("transformers_version", None)
+    return slim

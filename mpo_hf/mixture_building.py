@@ -1,0 +1,214 @@
+"""Building a mixture from policies, and opening a saved one: describe everything, check everything, then load."""
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from .component_loading import (
+    ComponentLoader,
+    Policy,
+    PolicyHandle,
+    as_component,
+    check_decoder,
+    compare_vocabularies,
+    hub_kwargs,
+    resolve_relative,
+)
+from .configuration_mixture import MixtureComponent, MixturePolicyConfig, check_mixture_weights
+
+
+@dataclass
+class _Entry:
+    """One policy on its way into a mixture: loaded already (`handle`), or described by its `component` only."""
+
+    component: MixtureComponent
+    config: PreTrainedConfig
+    weight: float = 1.0
+    handle: PolicyHandle | None = None
+
+
+def build_mixture(
+    cls,
+    policies: Sequence[Policy],
+    weights: Sequence[float] | torch.Tensor | None,
+    reference: Policy | None,
+    labels: Sequence[str] | None,
+    vocab_size: int | None,
+    allow_off_simplex: bool,
+    load_kwargs: dict[str, Any],
+):
+    """See [`MixturePolicyModel.from_policies`]."""
+    if isinstance(policies, str | os.PathLike | dict | nn.Module) or not len(policies):
+        raise ValueError(f"`policies` must be a list of at least one policy, got {policies!r}.")
+    if weights is None:
+        weights = [1 / len(policies)] * len(policies)
+    checked = check_mixture_weights(weights, len(policies), allow_off_simplex)
+    if checked.ndim != 1:
+        raise ValueError(f"A mixture has one weight a policy, got shape {tuple(checked.shape)}.")
+    if labels is not None and len(labels) != len(policies):
+        raise ValueError(f"Got {len(labels)} labels for {len(policies)} policies.")
+
+    loader = ComponentLoader(load_kwargs)
+    entries = []
+    for i, (policy, weight) in enumerate(zip(policies, checked.tolist())):
+        expanded = _expand(cls, policy, loader)
+        for entry in expanded:
+            entry.weight *= weight
+        if labels is not None and len(expanded) == 1:
+            expanded[0].component = replace(expanded[0].component, label=labels[i])
+        entries.extend(expanded)
+
+    reference_entry = _describe_reference(cls, reference, entries, loader)
+    config = MixturePolicyConfig(
+        components=[entry.component for entry in entries],
+        mixture_weights=[entry.weight for entry in entries],
+        reference=None if reference_entry is None or reference_entry.handle else reference_entry.component,
+        component_configs=[entry.config for entry in entries],
+        vocab_size=_check_vocabulary(loader, entries, reference_entry, vocab_size),
+        allow_off_simplex=allow_off_simplex,
+    )
+    return _assemble(cls, config, entries, loader, reference_entry and reference_entry.handle)
+
+
+def read_mixture_config(
+    folder: str, config: PreTrainedConfig | str | None, kwargs: dict[str, Any]
+) -> MixturePolicyConfig:
+    """The config of a saved mixture, checked; takes out of `kwargs` what overrides its fields."""
+    if not isinstance(config, PreTrainedConfig):
+        names = ("mixture_weights", "allow_off_simplex")
+        overrides = {name: kwargs.pop(name) for name in names if name in kwargs}
+        location = {name: kwargs[name] for name in ("revision", "subfolder") if name in kwargs}
+        config = MixturePolicyConfig.from_pretrained(config or folder, **location, **hub_kwargs(kwargs), **overrides)
+    if config.model_type != MixturePolicyConfig.model_type:
+        raise ValueError(
+            f"{folder!r} holds a model of type {config.model_type!r}, not a mixture. Open it with AutoModelForCausalLM, or "
+            "mix it with others by `MixturePolicyModel.from_policies`."
+        )
+    if not config.components:
+        raise ValueError(f"The config of {folder!r} lists no components.")
+    return config
+
+
+def open_mixture(cls, folder: str, config: MixturePolicyConfig, kwargs: dict[str, Any]):
+    """Loads the components that the config of a saved mixture refers to."""
+    revision, subfolder = kwargs.pop("revision", None), kwargs.pop("subfolder", None)
+    generation_config = kwargs.pop("generation_config", None)
+    if generation_config is None:
+        generation_config = _read_generation_config(folder, revision, subfolder, kwargs)
+    base = os.path.join(folder, subfolder or "") if os.path.isdir(folder) else folder
+    loader = ComponentLoader(_component_kwargs(kwargs))
+    entries = []
+    for label, component in zip(config.labels, config.components):
+        if component.name_or_path is None:
+            raise ValueError(f"The component {label!r} of {folder!r} does not say where it lives (`name_or_path`).")
+        component = resolve_relative(component, base, revision)
+        entries.append(_Entry(component, loader.read_config(component)))
+    config = copy.deepcopy(config)
+    config.components = [entry.component for entry in entries]
+    if config.reference is not None:
+        config.reference = resolve_relative(config.reference, base, revision)
+    config.vocab_size = _check_vocabulary(loader, entries, None, config.vocab_size)
+    model = _assemble(cls, config, entries, loader, None)
+    if generation_config is not None:
+        model.generation_config = generation_config
+    model.name_or_path = config.name_or_path = folder
+    return model
+
+
+def _component_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for the components: what the Auto classes add for the mixture itself stays with the mixture."""
+    own = ("trust_remote_code", "code_revision", "adapter_kwargs", "_from_auto", "_commit_hash", "_from_pipeline")
+    passed_on = {name: value for name, value in kwargs.items() if name not in own}
+    return {**passed_on, **passed_on.pop("component_kwargs", {})}
+
+
+def _expand(cls, policy: Policy, loader: ComponentLoader) -> list[_Entry]:
+    """The components that a policy stands for: itself, or those of a mixture."""
+    if isinstance(policy, nn.Module):
+        return _expand_module(policy, loader)
+    component = as_component(policy, **hub_kwargs(loader.load_kwargs))
+    config = loader.read_config(component)
+    if config.model_type != MixturePolicyConfig.model_type:
+        return [_Entry(component, config)]
+    if any(inner.name_or_path is None for inner in config.components):
+        location = {"revision": component.revision, "subfolder": component.subfolder or ""}
+        return _expand_module(cls.from_pretrained(component.name_or_path, **location, **loader.load_kwargs), loader)
+    folder = component.name_or_path
+    if os.path.isdir(folder):
+        folder = os.path.join(folder, component.subfolder or "")
+    inner = [resolve_relative(c, folder, component.revision) for c in config.components]
+    return [_Entry(c, loader.read_config(c), weight) for c, weight in zip(inner, config.mixture_weights)]
+
+
+def _expand_module(model: nn.Module, loader: ComponentLoader) -> list[_Entry]:
+    if not isinstance(model, PreTrainedModel) and not hasattr(model, "get_base_model"):
+        raise ValueError(f"A policy in memory must be a PreTrainedModel or a PeftModel, got {type(model).__name__}.")
+    if getattr(model.config, "model_type", None) == MixturePolicyConfig.model_type:
+        inner = zip(
+            model.config.components, model.config.component_configs, model.config.mixture_weights, model.policies
+        )
+        return [
+            _Entry(c, config, weight, PolicyHandle(loader.add(model.backbones[handle.backbone]), handle.adapter))
+            for c, config, weight, handle in inner
+        ]
+    check_decoder(model, type(model).__name__)
+    adapter = model.active_adapter if hasattr(model, "get_base_model") else None
+    return [_Entry(MixtureComponent(), model.config, handle=PolicyHandle(loader.add(model), adapter))]
+
+
+def _describe_reference(
+    cls, reference: Policy | None, entries: Sequence[_Entry], loader: ComponentLoader
+) -> _Entry | None:
+    if reference is None:
+        bases = {entry.component.checkpoint for entry in entries}
+        if len(bases) > 1 or any(entry.component.adapter is None for entry in entries):
+            return None
+        base = replace(entries[0].component, adapter=None, adapter_revision=None, adapter_subfolder=None, label=None)
+        return _Entry(base, entries[0].config)
+    expanded = _expand(cls, reference, loader)
+    if len(expanded) != 1:
+        raise ValueError("The reference must be one policy, not a mixture of several.")
+    return expanded[0]
+
+
+def _check_vocabulary(
+    loader: ComponentLoader, entries: Sequence[_Entry], reference: _Entry | None, vocab_size: int | None
+) -> int:
+    every = [*entries, reference] if reference is not None else list(entries)
+    names = [entry.component.label or entry.component.source for entry in every]
+    sizes = [entry.config.get_text_config(decoder=True).vocab_size for entry in every]
+    return compare_vocabularies(loader, [entry.component for entry in every], names, sizes, vocab_size)
+
+
+def _assemble(
+    cls,
+    config: MixturePolicyConfig,
+    entries: Sequence[_Entry],
+    loader: ComponentLoader,
+    reference: PolicyHandle | None,
+):
+    handles = [entry.handle or loader.load(entry.component) for entry in entries]
+    # the config as loaded knows more than the one on file, such as the dtype and the attention implementation
+    config.component_configs = [loader.backbones[handle.backbone].config for handle in handles]
+    config.dtype = loader.backbones[handles[0].backbone].dtype
+    model = cls(config, loader.backbones, handles, reference, loader.load_kwargs)
+    first = loader.backbones[handles[0].backbone]
+    model.generation_config = copy.deepcopy(first.generation_config)
+    return model.eval()
+
+
+def _read_generation_config(
+    folder: str, revision: str | None, subfolder: str | None, kwargs: dict[str, Any]
+) -> GenerationConfig | None:
+    location = {"revision": revision, "subfolder": subfolder or ""}
+    location |= {k: v for k, v in hub_kwargs(kwargs).items() if k != "trust_remote_code"}
+    try:
+        return GenerationConfig.from_pretrained(folder, **location)
+    except OSError:
+        return None  # a mixture without one generates as its first component does

@@ -1,0 +1,86 @@
+"""
+Keys and values of all components in one stock cache.
+
+A mixture presents itself to `generate()` as one decoder with the layers of all its components, so the cache that
+`generate()` builds, reorders, crops or resets is an ordinary one. Each component gets a view of its own layers.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers.cache_utils import Cache
+
+
+class ComponentCacheView(Cache):
+    """
+    The layers `start` to `stop` of a cache, seen as a cache of their own.
+
+    Args:
+        parent (`Cache`): the cache that owns the layers.
+        start (`int`): index of the first layer of the view.
+        stop (`int`): index behind its last layer.
+    """
+
+    def __init__(self, parent: Cache, start: int, stop: int):
+        super().__init__(layers=parent.layers[start:stop])
+        self.parent = parent
+        self.start = start
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # through the parent, which may move layers between devices
+        return self.parent.update(key_states, value_states, layer_idx + self.start, *args, **kwargs)
+
+
+def bind_cache(cache: Cache, active: Sequence[int], layer_counts: Sequence[int]) -> tuple[int, ...]:
+    """
+    Makes a cache hold the layers of the components that run, and remembers which they are.
+
+    Components of weight zero do not run, so their layers would stay empty and the cache would misreport its length.
+    A cache keeps the components that it was first used with: fewer may count later, others have no keys and values.
+
+    Args:
+        cache (`Cache`): a cache with one layer for each layer of all components, or one that grows as it is filled.
+        active (`Sequence[int]`): the components whose weight is not zero.
+        layer_counts (`Sequence[int]`): the number of layers of every component.
+
+    Returns:
+        `tuple[int, ...]`: the components to run.
+
+    Raises:
+        `ValueError`: when the cache belongs to another model, or lacks a component that now has weight.
+    """
+    bound = getattr(cache, "mixture_components", None)
+    if bound is not None:
+        if missing := sorted(set(active) - set(bound)):
+            raise ValueError(
+                f"This cache holds keys and values of the components {list(bound)} only, but the weights of this call "
+                f"also run {missing}. Start from a new cache, or give these components a weight from the first call."
+            )
+        return bound
+    counts = [layer_counts[k] for k in active]
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) < sum(counts):
+            cache.layers.append(cache.layer_class_to_replicate())
+    elif len(cache.layers) == sum(layer_counts):
+        starts = [sum(layer_counts[:k]) for k in active]
+        cache.layers = [layer for s, n in zip(starts, counts) for layer in cache.layers[s : s + n]]
+    if len(cache.layers) != sum(counts):
+        raise ValueError(
+            f"The cache has {len(cache.layers)} layers, but the components of this mixture have {list(layer_counts)}. "
+            "Build it from the mixture's own config, such as `DynamicCache(config=model.config)`."
+        )
+    cache.mixture_components = tuple(active)
+    return cache.mixture_components
+
+
+def component_views(
+    cache: Cache, components: Sequence[int], layer_counts: Sequence[int]
+) -> dict[int, ComponentCacheView]:
+    """A view of every component's layers in a cache that holds the layers of `components`, one after another."""
+    views, start = {}, 0
+    for k in components:
+        views[k] = ComponentCacheView(cache, start, start + layer_counts[k])
+        start += layer_counts[k]
+    return views

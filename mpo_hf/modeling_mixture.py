@@ -1,0 +1,466 @@
+"""A log-linear mixture of causal language models that is itself a causal language model."""
+
+import copy
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
+
+from .component_loading import ComponentLoader, Policy, PolicyHandle, forward_parameters
+from .configuration_mixture import MixtureComponent, MixturePolicyConfig, check_mixture_weights
+from .mixture_building import build_mixture, open_mixture, read_mixture_config
+from .mixture_cache import bind_cache, component_views
+from .pooling import log_linear_pool
+
+
+logger = logging.get_logger(__name__)
+
+
+class MixturePolicyModel(PreTrainedModel, GenerationMixin):
+    r"""
+    A log-linear mixture of causal language models, \\(\pi(v|s) \propto \prod_k \pi_k(v|s)^{\lambda_k}\\) at every step: the
+    decoding rule of [Mixing Preference Optimization](https://huggingface.co/papers/2502.18699).
+
+    Open one with [`~MixturePolicyModel.from_policies`] or, once saved, with
+    [`~transformers.AutoModelForCausalLM.from_pretrained`]. Components that are adapters over one base share a single copy
+    of it. Saving writes a config that says where the components live, and no weights; a mixture of models that were all
+    given in memory is saved like any other model.
+
+    Args:
+        config ([`MixturePolicyConfig`]):
+            The configuration. Without `backbones`, randomly initialised components are built from it.
+        backbones (`list[nn.Module]`, *optional*):
+            Loaded models, each shared by one or more policies.
+        policies (`list[PolicyHandle]`, *optional*):
+            Which backbone, with which adapter, every component runs on. Defaults to a backbone for each component.
+        reference (`PolicyHandle`, *optional*):
+            Where the reference policy runs, if it is in memory.
+        load_kwargs (`dict`, *optional*):
+            Arguments for `from_pretrained` of a reference that is loaded later.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from mpo_hf import MixturePolicyModel
+
+    >>> config = LlamaConfig(
+    ...     vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    ... )
+    >>> model = MixturePolicyModel.from_policies(
+    ...     [LlamaForCausalLM(config), LlamaForCausalLM(config)], weights=[0.3, 0.7]
+    ... )
+    >>> model.mixture_weights
+    tensor([0.3000, 0.7000])
+
+    >>> model.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=4, do_sample=False).shape
+    torch.Size([1, 7])
+    ```
+    """
+
+    config_class = MixturePolicyConfig
+    config: MixturePolicyConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: MixturePolicyConfig,
+        backbones: Sequence[nn.Module] | None = None,
+        policies: Sequence[PolicyHandle] | None = None,
+        reference: PolicyHandle | None = None,
+        load_kwargs: dict[str, Any] | None = None,
+    ):
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"
+        if backbones is None:
+            backbones = [AutoModelForCausalLM.from_config(c) for c in config.component_configs]
+        if not backbones:
+            raise ValueError("A mixture needs at least one component; see `MixturePolicyModel.from_policies`.")
+        # direct children, because tied weights and the like are collected from those only
+        self._num_backbones = 0
+        for backbone in backbones:
+            self._add_backbone(backbone)
+        self.policies = list(policies) if policies is not None else [PolicyHandle(k) for k in range(len(backbones))]
+        if len(self.policies) != len(config.components):
+            raise ValueError(f"Got {len(self.policies)} policies for a config of {len(config.components)} components.")
+        self._reference_handle = reference
+        self._load_kwargs = load_kwargs or {}
+        self.post_init()
+
+    def _add_backbone(self, backbone: nn.Module) -> None:
+        self.add_module(f"backbone_{self._num_backbones}", backbone)
+        self._num_backbones += 1
+
+    @property
+    def backbones(self) -> list[nn.Module]:
+        """The models in memory. Adapters over one base share one of them."""
+        return [getattr(self, f"backbone_{i}") for i in range(self._num_backbones)]
+
+    def init_weights(self):
+        # components come initialised, or are loaded by the machinery that called us
+        self.tie_weights(recompute_mapping=False)
+
+    # ---- weights and policies ----
+
+    @property
+    def mixture_weights(self) -> torch.Tensor:
+        """The mixture weights λ, shape `(K,)`, float32. Assign a sequence of K numbers to change them."""
+        return torch.tensor(self.config.mixture_weights, dtype=torch.float32, device=self.device)
+
+    @mixture_weights.setter
+    def mixture_weights(self, weights: Sequence[float] | torch.Tensor) -> None:
+        self.config.mixture_weights = weights
+
+    @property
+    def reference_policy(self) -> "MixturePolicyModel | None":
+        """
+        The reference policy as a model of its own, which shares its weights with this one where it can; `None` when
+        the mixture has no reference. It is loaded when it is first asked for.
+        """
+        if self._reference_handle is None and self.config.reference is not None:
+            self._reference_handle = self._load_reference()
+        if self._reference_handle is None:
+            return None
+        return self._policy_view(self._reference_handle, self.config.reference)
+
+    def policy(self, k: int) -> "MixturePolicyModel":
+        """Component `k` as a model of its own, which shares its weights with this one."""
+        return self._policy_view(self.policies[k], self.config.components[k])
+
+    def _policy_view(self, handle: PolicyHandle, component: MixtureComponent | None) -> "MixturePolicyModel":
+        backbone = self.backbones[handle.backbone]
+        config = MixturePolicyConfig(
+            components=[component or {}],
+            component_configs=[backbone.config],
+            vocab_size=self.config.vocab_size,
+            **{name: getattr(self.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        )
+        view = MixturePolicyModel(config, [backbone], [PolicyHandle(0, handle.adapter)])
+        view.generation_config = copy.deepcopy(self.generation_config)
+        return view.eval()
+
+    def _load_reference(self) -> PolicyHandle:
+        loader = ComponentLoader(self._load_kwargs, self.backbones)
+        for handle, component in zip(self.policies, self.config.components):
+            loader.share(component, handle.backbone)
+        handle = loader.load(self.config.reference)
+        # an adapter wraps the base that it is put on, so known backbones may have changed too
+        for i, backbone in enumerate(loader.backbones):
+            if i < self._num_backbones:
+                setattr(self, f"backbone_{i}", backbone)
+            else:
+                self._add_backbone(backbone.to(self.device) if "device_map" not in self._load_kwargs else backbone)
+        return handle
+
+    # ---- forward ----
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mixture_weights: torch.Tensor | Sequence[float] | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast | tuple:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                Token ids, which mean the same to all components.
+            attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
+                0 for padding, 1 elsewhere.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Positions. Derived from `attention_mask` when they are not given.
+            past_key_values (`Cache`, *optional*):
+                Keys and values of all components, as this model returned them.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Labels of the language modelling loss of the mixture; -100 is ignored.
+            use_cache (`bool`, *optional*):
+                Whether to return `past_key_values`.
+            output_attentions (`bool`, *optional*):
+                Whether to return the attentions of the components that run, one component's layers after another's.
+            output_hidden_states (`bool`, *optional*):
+                Whether to return the hidden states of the components that run, one after another.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                How many last positions to compute logits for, or which; 0 for all.
+            mixture_weights (`torch.Tensor` of shape `(K,)` or `(batch_size, K)`, *optional*):
+                Weights for this call, or for each row of it, instead of the model's own.
+            return_dict (`bool`, *optional*):
+                Whether to return a [`~transformers.modeling_outputs.CausalLMOutputWithPast`] instead of a tuple.
+
+        Returns:
+            [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: `logits` are the pooled log-probabilities
+            \\(\sum_k \lambda_k \log \pi_k\\) in float32, not renormalised: their `softmax` is the mixture, their
+            `logsumexp` is log Z.
+        """
+        config = self.config
+        use_cache = config.use_cache if use_cache is None else use_cache
+        return_dict = config.return_dict if return_dict is None else return_dict
+        weights = self._weights_for(mixture_weights, len(input_ids))
+        active = torch.nonzero(weights.abs().reshape(-1, weights.shape[-1]).sum(0)).flatten().tolist()
+        views: dict[int, Cache | None] = {}
+        if use_cache or past_key_values is not None:
+            if past_key_values is None:
+                past_key_values = DynamicCache(config=config)
+            counts = [decoder.num_hidden_layers for decoder in config.decoder_configs]
+            active = bind_cache(past_key_values, active, counts)
+            views = component_views(past_key_values, active, counts)
+        loss_kwargs = {n: kwargs.pop(n) for n in ("num_items_in_batch",) if n in kwargs}
+        inputs = {
+            "input_ids": self._ids_for_all(input_ids, attention_mask),
+            "attention_mask": attention_mask,
+            "position_ids": _positions(position_ids, attention_mask, input_ids.shape[1]),
+            "use_cache": bool(views) and use_cache,
+            "output_attentions": config.output_attentions if output_attentions is None else output_attentions,
+            "output_hidden_states": config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states,
+            "logits_to_keep": logits_to_keep,
+            **kwargs,
+        }
+        extras: dict[str, list] = {"hidden_states": [], "attentions": []}
+        logits = log_linear_pool(
+            (self._run_policy(k, {**inputs, "past_key_values": views.get(k)}, extras) for k in active),
+            weights[..., list(active)],
+        )
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(extras["hidden_states"]) or None,
+            attentions=tuple(extras["attentions"]) or None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _weights_for(self, mixture_weights: torch.Tensor | Sequence[float] | None, batch_size: int) -> torch.Tensor:
+        """Checked weights of one call, on the CPU: which components run must be known without waiting for a device."""
+        config = self.config
+        if mixture_weights is None:
+            return torch.tensor(config.mixture_weights, dtype=torch.float64)
+        weights = check_mixture_weights(mixture_weights, len(self.policies), config.allow_off_simplex)
+        if weights.ndim == 2 and len(weights) != batch_size:
+            raise ValueError(f"Got mixture weights for {len(weights)} rows, but the batch has {batch_size}.")
+        return weights
+
+    def _ids_for_all(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
+        """Replaces padding ids that some component has no embedding for; other ids of that kind are an error."""
+        sizes = {decoder.vocab_size for decoder in self.config.decoder_configs}
+        if sizes == {self.config.vocab_size}:
+            return input_ids
+        foreign = input_ids >= self.config.vocab_size
+        if not foreign.any():
+            return input_ids
+        seen = foreign
+        if attention_mask is not None and attention_mask.ndim == 2:
+            seen = foreign & (attention_mask[:, -input_ids.shape[1] :] != 0)
+        if seen.any():
+            raise ValueError(
+                f"The token id {input_ids[seen][0].item()} is not among the {self.config.vocab_size} that all components "
+                "have in common."
+            )
+        return input_ids.masked_fill(foreign, 0)
+
+    def _run_policy(self, k: int, inputs: dict[str, Any], extras: dict[str, list]) -> torch.Tensor:
+        """Logits of component `k` over the common token ids; hidden states and attentions are added to `extras`."""
+        handle = self.policies[k]
+        backbone = self.backbones[handle.backbone]
+        _activate_adapter(backbone, handle.adapter)
+        accepted = forward_parameters(backbone)
+        keep = inputs["logits_to_keep"]
+        inputs = {n: v for n, v in inputs.items() if n in accepted or n not in ("position_ids", "logits_to_keep")}
+        inputs = {n: v.to(backbone.device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+        output = backbone(**inputs, return_dict=True)
+        for name, collected in extras.items():
+            collected.extend(getattr(output, name, None) or ())
+        logits = output.logits
+        if "logits_to_keep" not in accepted:
+            logits = logits[:, slice(-keep, None) if isinstance(keep, int) and keep else keep or slice(None)]
+        return logits[..., : self.config.vocab_size]
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+        # every component builds the masks of its own layers from the 2D mask
+        return attention_mask
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, mixture_weights=None, **kwargs):
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        if mixture_weights is not None:
+            weights = check_mixture_weights(mixture_weights, len(self.policies), self.config.allow_off_simplex)
+            # weights by row follow their row; (K,) is not a batch of K rows
+            model_kwargs["mixture_weights"] = (
+                weights.repeat_interleave(expand_size, 0) if weights.ndim == 2 else weights
+            )
+        return input_ids, model_kwargs
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbones[self.policies[0].backbone].get_input_embeddings()
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise ValueError(
+            "A mixture has no embeddings of its own to resize. Resize those of every component, then mix."
+        )
+
+    # ---- building, loading, saving ----
+
+    @classmethod
+    def from_policies(
+        cls,
+        policies: Sequence[Policy],
+        weights: Sequence[float] | torch.Tensor | None = None,
+        *,
+        reference: Policy | None = None,
+        labels: Sequence[str] | None = None,
+        vocab_size: int | None = None,
+        allow_off_simplex: bool = False,
+        **kwargs,
+    ) -> "MixturePolicyModel":
+        r"""
+        Mixes policies.
+
+        Args:
+            policies (`Sequence`):
+                The policies, each one of: a repo id or folder of a causal language model or of a PEFT adapter; a
+                dictionary or [`MixtureComponent`] with its revision, subfolder, adapter and so on; a model in memory.
+                Mixtures among them are flattened: a mixture of mixtures is a mixture.
+            weights (`Sequence[float]`, *optional*):
+                Mixture weights, one a policy, >= 0 with sum 1. Defaults to uniform weights.
+            reference (*optional*):
+                The reference policy, given like a policy. Defaults to the base when all policies are adapters over one.
+            labels (`Sequence[str]`, *optional*):
+                Names of the objectives, one a policy.
+            vocab_size (`int`, *optional*):
+                How many leading token ids all policies have in common. Found by comparing their tokenizers, so it is
+                needed only for models in memory whose sizes differ.
+            allow_off_simplex (`bool`, *optional*, defaults to `False`):
+                Accept negative weights and other sums than 1.
+            kwargs:
+                Arguments of every component's `from_pretrained`: `dtype`, `device_map`, `token` and so on. What differs
+                between components, `revision` first of all, belongs into their dictionaries.
+
+        Returns:
+            [`MixturePolicyModel`], in evaluation mode.
+
+        Raises:
+            `ValueError`: for bad weights, and for policies that do not share a vocabulary.
+            `OSError`: for a policy that cannot be found.
+
+        Example:
+
+        ```python
+        >>> from mpo_hf import MixturePolicyModel
+
+        >>> model = MixturePolicyModel.from_policies(
+        ...     ["org/helpful", {"name_or_path": "org/sft", "adapter": "org/harmless-lora"}],
+        ...     weights=[0.5, 0.5],
+        ...     reference="org/sft",
+        ... )  # doctest: +SKIP
+        ```
+        """
+        return build_mixture(cls, policies, weights, reference, labels, vocab_size, allow_off_simplex, kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs):
+        r"""
+        Opens a saved mixture: reads its config, then loads every component from where it lives.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                Repo id or folder of the mixture.
+            kwargs:
+                `revision` and `subfolder` say where the mixture's config is. Other arguments go to every component's
+                `from_pretrained`, `trust_remote_code` excepted: trust in the code of a mixture's repo is not trust in
+                that of every repo it names. To extend it, pass `component_kwargs={"trust_remote_code": True}`.
+
+        Returns:
+            [`MixturePolicyModel`], in evaluation mode.
+        """
+        folder = os.fspath(pretrained_model_name_or_path)
+        config = read_mixture_config(folder, kwargs.pop("config", None), kwargs)
+        if all(component.name_or_path is None for component in config.components):
+            return super().from_pretrained(folder, *model_args, config=config, **kwargs)
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        model = open_mixture(cls, folder, config, kwargs)
+        if output_loading_info:
+            return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """
+        Saves the mixture's config and generation config. Components are referred to, their weights are not written;
+        only a mixture whose components were all given in memory is written whole, like any other model.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): folder to save to; it is created where needed.
+            kwargs: see [`~transformers.PreTrainedModel.save_pretrained`].
+
+        Raises:
+            `ValueError`: when some components live in memory only and others do not.
+        """
+        in_memory = [label for label, c in zip(self.config.labels, self.config.components) if c.name_or_path is None]
+        if len(in_memory) == len(self.policies):
+            self._save_whole(save_directory, **kwargs)
+        elif in_memory:
+            raise ValueError(
+                f"The components {in_memory} were given in memory, so that a config cannot say where they live. Save "
+                "them, and mix them by their folders or repo ids."
+            )
+        else:
+            # an empty state dict: stock saving writes the configs, and no weights
+            super().save_pretrained(save_directory, **{**kwargs, "state_dict": {}})
+
+    def _save_whole(self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs) -> None:
+        used = [handle.backbone for handle in self.policies]
+        if used != list(range(len(used))) or any(handle.adapter is not None for handle in self.policies):
+            raise ValueError(
+                "Components that share one model in memory cannot be written into one checkpoint. Save the adapters or "
+                "models, and mix them by their folders or repo ids."
+            )
+        if state_dict is None and self._num_backbones > len(used):
+            logger.warning("The reference policy was given in memory and is not part of the saved mixture.")
+            names = tuple(f"backbone_{k}." for k in used)
+            state_dict = {key: value for key, value in self.state_dict().items() if key.startswith(names)}
+        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
+
+def _positions(
+    position_ids: torch.LongTensor | None, attention_mask: torch.Tensor | None, length: int
+) -> torch.LongTensor | None:
+    """Positions from a 2D attention mask: without them some architectures are silently wrong on left padding."""
+    if position_ids is not None or attention_mask is None or attention_mask.ndim != 2:
+        return position_ids
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+
+
+def _activate_adapter(backbone: nn.Module, adapter: str | None) -> None:
+    if not hasattr(backbone, "get_base_model"):
+        return
+    if adapter is None:
+        backbone.base_model.disable_adapter_layers()
+    else:
+        backbone.base_model.enable_adapter_layers()
+        backbone.set_adapter(adapter, inference_mode=True)

@@ -1,0 +1,134 @@
+r"""
+The dual objective of MPO, estimated from completions of a proposal.
+
+Notation, as in [Mixing Preference Optimization](https://huggingface.co/papers/2502.18699): P prompts with m completions
+each, K objectives, mixture weights λ on the simplex, and advantages \\(a_{jk} = P(r_k)(x, y_j)/\beta\\), so that
+
+$$ F(\lambda) = E_x \log E_{y \sim \pi_{ref}} \exp\Big(\sum_k \lambda_k a_k(x, y)\Big), \qquad
+   \frac{\partial F}{\partial \lambda_k} = E_x E_{y \sim \pi_\lambda} [a_k(x, y)] $$
+
+where \\(\pi_\lambda \propto \prod_k \pi_k^{\lambda_k}\\). With implicit rewards, \\(a_k = \log \pi_k - \log \pi_{ref}\\),
+the reference cancels: \\(F(\lambda) = E_x \log \sum_y \prod_k \pi_k(y|x)^{\lambda_k}\\).
+"""
+
+import math
+
+import torch
+
+
+def effective_sample_size(log_weights: torch.Tensor) -> torch.Tensor:
+    r"""
+    Effective sample size \\((\sum_j w_j)^2 / \sum_j w_j^2\\) of importance weights (Kish), between 1 and m.
+
+    Args:
+        log_weights (`torch.Tensor`): log-weights of shape `(..., m)`, up to a constant of each row.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`.
+    """
+    log_weights = torch.log_softmax(log_weights, dim=-1)
+    return torch.exp(-torch.logsumexp(2 * log_weights, dim=-1))
+
+
+def dual_objective(
+    weights: torch.Tensor, advantages: torch.Tensor, log_ratio: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    The dual objective F(λ) by importance sampling, differentiable in `weights`:
+
+    $$ \hat F(\lambda) = \frac1P \sum_x \log \frac1m \sum_j \rho_j \exp\Big(\sum_k \lambda_k a_{jk}\Big),
+       \qquad \rho_j = \frac{\pi_{ref}(y_j)}{q(y_j)} $$
+
+    Its gradient is the self-normalised estimate of Algorithm 2 in the paper. The bias falls as 1/m.
+
+    Args:
+        weights (`torch.Tensor`): mixture weights λ, shape `(K,)`.
+        advantages (`torch.Tensor`): \\(a_{jk}\\), shape `(P, m, K)`.
+        log_ratio (`torch.Tensor`, *optional*):
+            \\(\log \rho_j\\), shape `(P, m)`, where the completions were not drawn from the reference itself.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: F̂, a scalar, and the log importance weights
+        \\(\log \rho_j + \sum_k \lambda_k a_{jk}\\), shape `(P, m)`.
+    """
+    log_weights = advantages @ weights
+    if log_ratio is not None:
+        log_weights = log_weights + log_ratio
+    return _log_mean_exp(log_weights).mean(), log_weights
+
+
+def implicit_dual_objective(
+    weights: torch.Tensor, policy_logps: torch.Tensor, proposal_logps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    The dual objective with implicit rewards, \\(F(\lambda) = E_x \log E_{y \sim q} \prod_k \pi_k(y)^{\lambda_k} / q(y)\\),
+    differentiable in `weights`. The reference policy does not occur in it. When q is the token-level mixture at the
+    same λ, the importance weight is \\(W(y) = \prod_t Z_t\\), which is far flatter than any ratio to the reference.
+
+    Args:
+        weights (`torch.Tensor`): mixture weights λ, shape `(K,)`.
+        policy_logps (`torch.Tensor`): \\(\log \pi_k(y_j)\\) of whole completions, shape `(P, m, K)`.
+        proposal_logps (`torch.Tensor`): \\(\log q(y_j)\\), shape `(P, m)`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: F̂, a scalar, and the log importance weights, shape `(P, m)`.
+    """
+    log_weights = policy_logps @ weights - proposal_logps
+    return _log_mean_exp(log_weights).mean(), log_weights
+
+
+def on_policy_objective(
+    weights: torch.Tensor,
+    advantages: torch.Tensor,
+    policy_logps: torch.Tensor,
+    proposal_logps: torch.Tensor,
+    reference_logps: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    The dual objective from completions of the mixture itself, with rewards that were measured on them.
+
+    The gradient is the paper's, \\(E_{y \sim \pi_\lambda}[a_k]\\), with π_λ the sequence-level mixture of the policies at
+    hand (completions reweighted by \\(\prod_k \pi_k(y)^{\lambda_k} / q(y)\\)). The value is the Lagrangian at that policy,
+
+    $$ E_{y \sim \pi_\lambda} \sum_k \lambda_k a_k(x, y) - \mathrm{KL}(\pi_\lambda \| \pi_{ref}) \le F(\lambda) $$
+
+    with equality when every policy is optimal for its reward. Where real policies are not, this follows what the
+    mixture does rather than what the theorem promises: the gradient vanishes where the objectives are level.
+
+    Args:
+        weights (`torch.Tensor`): mixture weights λ, shape `(K,)`.
+        advantages (`torch.Tensor`): \\(a_{jk}\\), shape `(P, m, K)`.
+        policy_logps (`torch.Tensor`): \\(\log \pi_k(y_j)\\), shape `(P, m, K)`.
+        proposal_logps (`torch.Tensor`): \\(\log q(y_j)\\), shape `(P, m)`.
+        reference_logps (`torch.Tensor`): \\(\log \pi_{ref}(y_j)\\), shape `(P, m)`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the value, a scalar whose gradient in `weights` is as above, and the log
+        importance weights, shape `(P, m)`.
+    """
+    with torch.no_grad():
+        pooled_logps = policy_logps @ weights
+        log_weights = pooled_logps - proposal_logps
+        sample_weights = torch.softmax(log_weights, dim=-1)
+        kl = (sample_weights * (pooled_logps - reference_logps)).sum(-1) - _log_mean_exp(log_weights)
+    expected_advantages = torch.einsum("pm,pmk->k", sample_weights, advantages) / len(advantages)
+    return expected_advantages @ weights - kl.mean(), log_weights
+
+
+def reference_log_partition(rewards: torch.Tensor, beta: float) -> torch.Tensor:
+    r"""
+    \\(\log E_{y \sim \pi_{ref}} \exp(r_k(x, y)/\beta)\\) by objective, from completions of the reference: what the
+    normalisation P of the paper takes away, in units of β.
+
+    Args:
+        rewards (`torch.Tensor`): shape `(P, m, K)`.
+        beta (`float`): the KL coefficient β.
+
+    Returns:
+        `torch.Tensor` of shape `(P, K)`.
+    """
+    return _log_mean_exp((rewards / beta).transpose(-1, -2))
+
+
+def _log_mean_exp(values: torch.Tensor) -> torch.Tensor:
+    return torch.logsumexp(values, dim=-1) - math.log(values.shape[-1])
