@@ -1,0 +1,272 @@
+"""Which classifier is a reward, and how it is opened with its adapter and its tokenizer."""
+
+import functools
+import math
+import os
+import string
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
+
+from .component_loading import require_safetensors
+
+
+Text = str | list[dict[str, Any]]  # plain, or a conversation
+Location = tuple[str, dict[str, Any]]  # folder or repo, and the keyword arguments that say where in it
+
+ACTIVATIONS = {
+    None: lambda logits: logits,
+    "sigmoid": torch.sigmoid,
+    "softmax": functools.partial(torch.softmax, dim=-1),
+    "log_softmax": functools.partial(torch.log_softmax, dim=-1),
+}
+
+
+@dataclass
+class RewardModelSpec:
+    r"""
+    Which output of which sequence classifier is an objective's reward. Given only `model`, it is what TRL's
+    GRPOTrainer makes of that model.
+
+    $$ r = \mathrm{sign} \cdot \mathrm{scale} \cdot \mathrm{activation}(\mathrm{logits})_{\mathrm{logit}} + \mathrm{offset} $$
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]): repo id, folder or loaded model. A repo or folder that is
+            itself a PEFT adapter is put on the base recorded in it.
+        adapter (`str`, *optional*): PEFT adapter over `model`.
+        revision, subfolder (`str`, *optional*): where in the repo of `model`.
+        adapter_revision, adapter_subfolder (`str`, *optional*): where in the repo of `adapter`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or `str`, *optional*): tokenizer. By default the one
+            beside the adapter, where TRL's RewardTrainer saves it; if there is none, that in the repo of the model.
+        gguf_file (`str`, *optional*): GGUF file with the weights and the tokenizer of the base.
+        template (`str` or `Callable[[prompt, completion], str]`, *optional*): text that is scored. A string has the
+            fields `{completion}` and, if wanted, `{prompt}`: a plain text, or the content of a single message; literal
+            braces are doubled. By default, as in TRL, the chat template over both, or both plain texts joined.
+        chat_template_kwargs (`dict`, *optional*): for the tokenizer's chat template, where that is used.
+        add_special_tokens (`bool`, defaults to `False`): whether the tokenizer adds its special tokens. As in TRL it
+            does not, because a chat template writes them itself. Encoders such as BERT need `True`.
+        logit (`int` or `str`, *optional*): index or label name of the output. Required if the model has several.
+        sign (`int`, defaults to 1): 1 or -1.
+        scale (`float`, defaults to 1.0): above 0.
+        offset (`float`, defaults to 0.0): added last.
+        activation (`str`, *optional*): `"sigmoid"` of the one logit, `"softmax"` or `"log_softmax"` over all.
+        max_length (`int`, *optional*): most tokens of an input; by default what both the model's
+            `max_position_embeddings` and the tokenizer's `model_max_length` allow. A longer input is a `ValueError`,
+            never truncated, since half a text has another reward. To cut, use a callable `template`.
+        batch_size (`int`, defaults to 8): inputs a forward pass.
+        label (`str`, *optional*): name of the objective; by default the last part of the adapter's or model's path.
+        model_kwargs (`dict`, *optional*): for the model's `from_pretrained`. The only way to switch on
+            `trust_remote_code`.
+
+    Raises:
+        `ValueError`: an argument is out of range, or would have no effect.
+
+    Example:
+
+    ```python
+    >>> from mpo_hf.rewards import RewardModelSpec
+
+    >>> RewardModelSpec("org/toxicity", logit="toxic", sign=-1, template="{completion}", label="harmless").label
+    'harmless'
+    ```
+    """
+
+    model: str | PreTrainedModel
+    adapter: str | None = None
+    revision: str | None = None
+    adapter_revision: str | None = None
+    subfolder: str | None = None
+    adapter_subfolder: str | None = None
+    processing_class: PreTrainedTokenizerBase | str | None = None
+    gguf_file: str | None = None
+    template: str | Callable[[Text, Text], str] | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    add_special_tokens: bool = False
+    logit: int | str | None = None
+    sign: int = 1
+    scale: float = 1.0
+    offset: float = 0.0
+    activation: Literal["sigmoid", "softmax", "log_softmax"] | None = None
+    max_length: int | None = None
+    batch_size: int = 8
+    label: str | None = None
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("model", "adapter"):
+            if isinstance(getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(getattr(self, name)))
+        loaded = is_model(self.model)
+        for name in ("revision", "subfolder", "gguf_file", "model_kwargs"):
+            self._check(name, not (loaded and getattr(self, name)), "left out for a model that is already loaded")
+        for name in ("adapter_revision", "adapter_subfolder"):
+            self._check(name, self.adapter is not None or not getattr(self, name), "left out without `adapter`")
+        named = isinstance(self.model, str) and self.model != ""
+        self._check("model", loaded or named, "a repo id, a folder or a loaded model")
+        fields = template_fields(self.template) if isinstance(self.template, str) else {"completion"}
+        usable = (self.template is None or isinstance(self.template, str) or callable(self.template)) and (
+            {"completion"} <= fields <= {"prompt", "completion"}
+        )
+        self._check("template", usable, "a callable, or a str with {completion} and perhaps {prompt} as only fields")
+        indexed = self.logit is None or isinstance(self.logit, (int, str)) and not isinstance(self.logit, bool)
+        self._check("logit", indexed, "an index or a label name")
+        self._check("sign", self.sign in (1, -1), "1 or -1 (for a factor there is `scale`)")
+        self._check("scale", 0 < self.scale < math.inf, "finite and above 0 (to turn a reward round, `sign=-1`)")
+        self._check("offset", math.isfinite(self.offset), "finite")
+        self._check("activation", self.activation in ACTIVATIONS, f"one of {list(ACTIVATIONS)}")
+        self._check("batch_size", _is_count(self.batch_size), "an integer above 0")
+        self._check("max_length", self.max_length is None or _is_count(self.max_length), "an integer above 0")
+
+    def _check(self, name: str, valid: bool, must_be: str):
+        if not valid:
+            raise ValueError(f"RewardModelSpec: `{name}` must be {must_be}, but is {getattr(self, name)!r}.")
+
+
+def template_fields(template: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def is_model(value: Any) -> bool:
+    # a PeftModel or a compiled model is no PreTrainedModel, but has its config
+    return isinstance(value, nn.Module) and hasattr(value, "config")
+
+
+def model_name(spec: RewardModelSpec) -> str:
+    if spec.adapter is not None:
+        parts = (spec.adapter, spec.adapter_subfolder)
+    elif isinstance(spec.model, str):
+        parts = (spec.model, spec.subfolder)
+    else:
+        parts = (getattr(spec.model.config, "_name_or_path", None) or type(spec.model).__name__,)
+    return os.path.basename(os.path.normpath(os.path.join(*filter(None, parts))))
+
+
+def _given(**kwargs) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def _hub_kwargs(spec: RewardModelSpec, *more: str) -> dict[str, Any]:
+    names = ("token", "cache_dir", "local_files_only", "force_download", *more)
+    return {name: spec.model_kwargs[name] for name in names if name in spec.model_kwargs}
+
+
+def _locate(spec: RewardModelSpec) -> tuple[Location | None, Location | None]:
+    """Where the base and the adapter are: no base for a loaded model, no adapter where there is none."""
+    adapter = None
+    if spec.adapter is not None:
+        adapter = (spec.adapter, _given(revision=spec.adapter_revision, subfolder=spec.adapter_subfolder))
+    if not isinstance(spec.model, str):
+        return None, adapter
+    where = _given(revision=spec.revision, subfolder=spec.subfolder)
+    if find_adapter_config_file(spec.model, **where, **_hub_kwargs(spec)) is None:
+        return (spec.model, where | _given(gguf_file=spec.gguf_file)), adapter
+    if adapter is not None:
+        raise ValueError(f"`model` {spec.model!r} is itself an adapter: it cannot carry `adapter` {spec.adapter!r}.")
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(spec.model, **where, **_hub_kwargs(spec))
+    if not config.base_model_name_or_path:
+        raise ValueError(f"The adapter {spec.model!r} records no base. Give the base as `model`, this as `adapter`.")
+    base = (config.base_model_name_or_path, _given(revision=config.revision, gguf_file=spec.gguf_file))
+    return base, (spec.model, where)
+
+
+def open_model(spec: RewardModelSpec) -> tuple[nn.Module, list[Location]]:
+    """The model in evaluation mode, and where its tokenizer may be, the best place first."""
+    base, adapter = _locate(spec)
+    sources = [adapter, base or (getattr(spec.model.config, "_name_or_path", ""), {})]
+    if adapter is None:
+        model = _open_base(spec, base, {}) if base else spec.model
+    else:
+        model = _open_adapter(spec, base, adapter)
+    return model.eval(), [source for source in sources if source and source[0]]
+
+
+def _open_adapter(spec: RewardModelSpec, base: Location | None, adapter: Location) -> nn.Module:
+    from peft import PeftConfig, PeftModel, load_peft_weights
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    (path, where), hub_kwargs = adapter, _hub_kwargs(spec)
+    task_type = PeftConfig.from_pretrained(path, **where, **hub_kwargs).task_type
+    if task_type not in (None, "SEQ_CLS"):
+        raise ValueError(f"The adapter {path!r} is for the task {task_type}, but a reward needs SEQ_CLS.")
+    if spec.model_kwargs.get("use_safetensors", True):
+        require_safetensors(path, **where, **hub_kwargs)
+    weights = load_peft_weights(path, device="cpu", **where, **hub_kwargs)
+    model = _open_base(spec, base, weights) if base else spec.model
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"The model under the adapter {path!r} already carries one, and both would act. Give every reward a model "
+            "of its own, for instance as a str."
+        )
+    return PeftModel.from_pretrained(model, path, **where, **hub_kwargs)
+
+
+def _open_base(spec: RewardModelSpec, base: Location, adapter_weights: dict[str, torch.Tensor]) -> nn.Module:
+    # PEFT's own prefixes, the second that of prompt learning
+    saved = {key.removeprefix("base_model.").removeprefix("model."): w for key, w in adapter_weights.items()}
+    saved |= {key.removeprefix("base_model."): w for key, w in adapter_weights.items()}
+    # the config of a language model says nothing about the head that the adapter carries
+    heads = [saved[key] for key in ("score.weight", "classifier.weight", "classifier.out_proj.weight") if key in saved]
+    kwargs = {"use_safetensors": None if "gguf_file" in base[1] else True}
+    if heads:
+        kwargs["num_labels"] = heads[0].shape[0]
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        base[0], **base[1], output_loading_info=True, **(kwargs | spec.model_kwargs)
+    )
+    random = sorted(str(key) for key in info["missing_keys"] | info["mismatched_keys"] if key not in saved)
+    if random:
+        raise ValueError(
+            f"{base[0]!r} is no reward model: its checkpoint lacks {random}, which would be random. Give a sequence "
+            "classifier, or an adapter that carries these weights (PEFT's `modules_to_save`)."
+        )
+    return model
+
+
+def open_tokenizer(spec: RewardModelSpec, name: str, sources: list[Location]) -> PreTrainedTokenizerBase:
+    tokenizer, errors = spec.processing_class, []
+    if isinstance(tokenizer, str):
+        tokenizer, sources = None, [(tokenizer, {})]
+    for path, where in sources if tokenizer is None else []:
+        try:
+            kwargs = _hub_kwargs(spec, "trust_remote_code", "code_revision")
+            tokenizer = AutoTokenizer.from_pretrained(path, **where, **kwargs)
+            break
+        except (OSError, ValueError) as error:
+            errors.append(f"{path}: {str(error).strip().splitlines()[0]}")
+    if tokenizer is None:
+        raise ValueError(f"There is no tokenizer for the reward {name!r}: give `processing_class`. Tried: {errors}")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"The tokenizer of reward {name!r} has no pad and no EOS token. Set its `pad_token`.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def choose_logit(spec: RewardModelSpec, name: str, config: Any) -> int:
+    labels = dict(config.id2label)
+    if len(labels) == 1 and spec.activation in ("softmax", "log_softmax"):
+        raise ValueError(f"{spec.activation} over the one output of reward {name!r} is constant. Use 'sigmoid'.")
+    choices = {0: 0, None: 0} if len(labels) == 1 else {}
+    choices |= {label: index for index, label in labels.items()} | {index: index for index in labels}
+    if spec.logit not in choices:
+        raise ValueError(
+            f"The model of reward {name!r} has {len(labels)} outputs, and `logit` must say which is the reward, but is "
+            f"{spec.logit!r}. Its id2label: {labels}."
+        )
+    return choices[spec.logit]
+
+
+def length_limit(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    limits = (getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length)
+    # a tokenizer that knows no limit says 10^30
+    return min((limit for limit in limits if limit is not None and 0 < limit < 10**20), default=None)
