@@ -36,7 +36,7 @@ def dual_objective(
     r"""
     The dual objective F(λ) by importance sampling, differentiable in `weights`:
 
-    $$ \hat F(\lambda) = \frac1P \sum_x \log \frac1m \sum_j \rho_j \exp\Big(\sum_k \lambda_k a_{jk}\Big),
+    $$ \hat F(\lambda) = \frac1P \sum_x \log \sum_j \frac{\rho_j}{\sum_i \rho_i} \exp\Big(\sum_k \lambda_k a_{jk}\Big),
        \qquad \rho_j = \frac{\pi_{ref}(y_j)}{q(y_j)} $$
 
     Its gradient is the self-normalised estimate of Algorithm 2 in the paper. The bias falls as 1/m.
@@ -48,13 +48,13 @@ def dual_objective(
             \\(\log \rho_j\\), shape `(P, m)`, where the completions were not drawn from the reference itself.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: F̂, a scalar, and the log importance weights
-        \\(\log \rho_j + \sum_k \lambda_k a_{jk}\\), shape `(P, m)`.
+        `tuple[torch.Tensor, torch.Tensor]`: F̂, a scalar, and the log importance weights of the completions, up to a
+        constant of each prompt, shape `(P, m)`.
     """
-    log_weights = advantages @ weights
-    if log_ratio is not None:
-        log_weights = log_weights + log_ratio
-    return _log_mean_exp(log_weights).mean(), log_weights
+    if log_ratio is None:
+        log_ratio = advantages.new_zeros(advantages.shape[:-1])
+    log_weights = torch.log_softmax(log_ratio, dim=-1) + advantages @ weights
+    return torch.logsumexp(log_weights, dim=-1).mean(), log_weights
 
 
 def implicit_dual_objective(
@@ -113,21 +113,6 @@ def on_policy_objective(
         kl = (sample_weights * (pooled_logps - reference_logps)).sum(-1) - _log_mean_exp(log_weights)
     expected_advantages = torch.einsum("pm,pmk->k", sample_weights, advantages) / len(advantages)
     return expected_advantages @ weights - kl.mean(), log_weights
-
-
-def reference_log_partition(rewards: torch.Tensor, beta: float) -> torch.Tensor:
-    r"""
-    \\(\log E_{y \sim \pi_{ref}} \exp(r_k(x, y)/\beta)\\) by objective, from completions of the reference: what the
-    normalisation P of the paper takes away, in units of β.
-
-    Args:
-        rewards (`torch.Tensor`): shape `(P, m, K)`.
-        beta (`float`): the KL coefficient β.
-
-    Returns:
-        `torch.Tensor` of shape `(P, K)`.
-    """
-    return _log_mean_exp((rewards / beta).transpose(-1, -2))
 
 
 def _log_mean_exp(values: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,39 @@
+"""Pictures of a fit."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+
+def plot_fit(log_history: Sequence[dict[str, Any]], path: str | os.PathLike, title: str = "Mixture weights") -> None:
+    """
+    Draws the mixture weights over the steps of a fit, and below them the mean rewards of the sampled completions.
+
+    Args:
+        log_history (`Sequence[dict]`): `trainer.state.log_history`.
+        path (`str` or `os.PathLike`): where to save the picture; its ending decides the format.
+        title (`str`, *optional*): title of the picture.
+
+    Raises:
+        `ValueError`: when the history holds no step of a fit.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps = [entry for entry in log_history if "loss" in entry and any(key.startswith("weights/") for key in entry)]
+    if not steps:
+        raise ValueError("The log history holds no step of a fit; call `trainer.train()` first.")
+    panels = {"weights/": "mixture weight λ", "rewards/": "mean reward of samples"}
+    panels = {prefix: name for prefix, name in panels.items() if any(key.startswith(prefix) for key in steps[0])}
+    figure = Figure(figsize=(7, 3 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (prefix, name) in zip(axes, panels.items()):
+        for key in [key for key in steps[0] if key.startswith(prefix)]:
+            axis.plot([e["step"] for e in steps], [e[key] for e in steps], label=key.removeprefix(prefix), linewidth=2)
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.3)
+    axes[0].set_title(title)
+    axes[0].legend(loc="best")
+    axes[-1].set_xlabel("step")
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,172 @@
+"""Arguments of [`MPOTrainer`]."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class MPOConfig(TrainingArguments):
+    r"""
+    Configuration of [`MPOTrainer`]: the options of
+    [Mixing Preference Optimization](https://huggingface.co/papers/2502.18699) on top of
+    [`~transformers.TrainingArguments`].
+
+    Args:
+        objective (`str`, *optional*, defaults to `"reward"`):
+            `"reward"`: what the reward functions measure, on their own scale. `"implicit"`: the log-ratios of the
+            policies to each other, without any reward function; there the most aggressively trained policy pulls weight
+            towards itself.
+        beta (`float`, *optional*, defaults to 0.1):
+            KL coefficient β, in the units of the rewards. Smaller values trust the rewards more and the reference less;
+            very small ones leave few effective samples. Unused by the implicit objective.
+        proposal (`str`, *optional*):
+            The policy that completions are drawn from. `"reference"`: the reference policy, as in the paper's
+            Algorithm 2. `"mixture"`: the current mixture, reweighted exactly. Defaults to `"reference"` for the reward
+            objective and to `"mixture"` for the implicit one, where samples of the reference collapse.
+        num_generations (`int`, *optional*, defaults to 16):
+            Completions a prompt, m. At least 2; the bias of the estimates falls as 1/m.
+        per_device_train_batch_size (`int`, *optional*, defaults to 32):
+            Completions a device and step (not prompts, as in TRL's `GRPOConfig`): a multiple of `num_generations`.
+        per_device_eval_batch_size (`int`, *optional*, defaults to 32):
+            The same for evaluation.
+        max_steps (`int`, *optional*, defaults to 100):
+            Steps T. -1 for `num_train_epochs` passes over the prompts.
+        learning_rate (`float`, *optional*):
+            Step size η of the mirror descent. Defaults to c/√T, with c = `step_scale`.
+        step_scale (`float`, *optional*, defaults to 2.0):
+            The constant c of the default step size η = c/√T.
+        average_iterates (`bool`, *optional*, defaults to `True`):
+            Whether the result is the average of all iterates, as in the paper, rather than the last one.
+        normalize_rewards (`bool`, *optional*, defaults to `True`):
+            Whether to normalise rewards by P(r) = r - β log E_ref exp(r/β), as in the paper: each objective then counts
+            relative to what a policy of its own could reach. `False` compares the raw rewards.
+        normalization_prompts (`int`, *optional*, defaults to 16):
+            With the mixture as proposal, how many prompts to estimate each policy's value from, once, before the first
+            step; see [`MPOTrainer.reward_offsets`].
+        temperature (`float`, *optional*, defaults to 1.0):
+            Sampling temperature. Its effect on the estimates is corrected for.
+        max_completion_length (`int`, *optional*, defaults to 256):
+            Longest completion, in tokens.
+        logps_batch_size (`int`, *optional*, defaults to 8):
+            Completions a forward pass when log-probabilities are computed.
+        chat_template_kwargs (`dict`, *optional*):
+            Further arguments for the chat template of conversational prompts.
+        shuffle_dataset (`bool`, *optional*, defaults to `True`):
+            Whether to shuffle the prompts.
+        model_init_kwargs (`dict`, *optional*):
+            Arguments for [`MixturePolicyModel.from_policies`] or `from_pretrained` when the trainer opens the model.
+        min_effective_sample_size (`float`, *optional*, defaults to 0.1):
+            Fraction of the samples below which the effective sample size is warned about.
+        kwargs:
+            See [`~transformers.TrainingArguments`]. Defaults that differ: a constant learning rate, logging at every
+            step, a checkpoint at every step (a few kB: no policy weights; the last 2 are kept), no gradient clipping.
+
+    Raises:
+        `ValueError`: for values that make no sense, each with what to do instead.
+
+    Example:
+
+    ```python
+    >>> from mpo_hf import MPOConfig
+
+    >>> args = MPOConfig(output_dir="mix", num_generations=16, max_completion_length=64, max_steps=64)
+    >>> args.step_size(64)
+    0.25
+    ```
+    """
+
+    objective: str = field(default="reward", metadata={"help": "'reward' or 'implicit' (log-ratios of the policies)."})
+    beta: float = field(default=0.1, metadata={"help": "KL coefficient, in the units of the rewards."})
+    proposal: str | None = field(
+        default=None,
+        metadata={
+            "help": "Whom to draw completions from: 'reference' or 'mixture'. Default: what suits the objective."
+        },
+    )
+    num_generations: int = field(default=16, metadata={"help": "Completions a prompt, m >= 2."})
+    step_scale: float = field(default=2.0, metadata={"help": "Constant c of the default step size c/sqrt(T)."})
+    average_iterates: bool = field(default=True, metadata={"help": "Return the average of all iterates."})
+    normalize_rewards: bool = field(
+        default=True, metadata={"help": "Count each reward relative to what its own optimal policy would reach."}
+    )
+    normalization_prompts: int = field(
+        default=16, metadata={"help": "Prompts to estimate each policy's value from, with the mixture as proposal."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    max_completion_length: int = field(default=256, metadata={"help": "Longest completion, in tokens."})
+    logps_batch_size: int = field(default=8, metadata={"help": "Completions a forward pass when scoring."})
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Further arguments for the chat template."}
+    )
+    shuffle_dataset: bool = field(default=True, metadata={"help": "Shuffle the prompts."})
+    model_init_kwargs: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Arguments for opening the model, where the trainer does."}
+    )
+    min_effective_sample_size: float = field(
+        default=0.1, metadata={"help": "Fraction of the samples below which a warning is given."}
+    )
+
+    # Defaults of TrainingArguments that do not suit a fit of K numbers
+    learning_rate: float | None = field(default=None, metadata={"help": "Step size. Default: step_scale/sqrt(T)."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the step size."})
+    max_steps: int = field(default=100, metadata={"help": "Steps T; -1 for num_train_epochs."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Completions a device and step."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Completions a device in evaluation."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
+    save_steps: float = field(default=1, metadata={"help": "Write a checkpoint every so many steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Must be 0: clipping would change the mirror step."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Rewards may need every column."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False  # batches hold text, which cannot be sent between devices
+        _check_choice("objective", self.objective, ("reward", "implicit"))
+        if self.proposal is None:
+            self.proposal = "reference" if self.objective == "reward" else "mixture"
+        _check_choice("proposal", self.proposal, ("reference", "mixture"))
+        for name in ("beta", "temperature", "step_scale"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)}.")
+        for name in ("max_completion_length", "logps_batch_size", "normalization_prompts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.num_generations < 2:
+            raise ValueError(
+                f"`num_generations` must be at least 2, got {self.num_generations}: with one completion a prompt its "
+                "importance weight is 1 whatever the weights, the gradient loses its curvature, and the fit runs to a "
+                "vertex. The bias falls as 1/m; 16 or more is a good choice."
+            )
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(self, name) % self.num_generations:
+                raise ValueError(
+                    f"`{name}` counts completions and must be a multiple of `num_generations`, got {getattr(self, name)} "
+                    f"with num_generations={self.num_generations}."
+                )
+        if self.max_grad_norm:
+            raise ValueError(
+                f"`max_grad_norm` must be 0, got {self.max_grad_norm}: a clipped gradient is no mirror descent step."
+            )
+
+    def step_size(self, num_steps: int) -> float:
+        """The step size η for a fit of `num_steps` steps."""
+        return self.learning_rate if self.learning_rate is not None else self.step_scale / math.sqrt(num_steps)
+
+    @property
+    def train_prompts_per_device(self) -> int:
+        """Prompts a device and step."""
+        return self.per_device_train_batch_size // self.num_generations
+
+    @property
+    def eval_prompts_per_device(self) -> int:
+        """Prompts a device and evaluation step."""
+        return self.per_device_eval_batch_size // self.num_generations
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")

@@ -1,0 +1,597 @@
+"""Fits the weights of a mixture of policies by batch stochastic mirror descent."""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset, IterableDataset
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+from tqdm.auto import tqdm
+from trl import is_conversational
+
+from ..component_loading import Policy
+from ..configuration_mixture import MixturePolicyConfig
+from ..model_card import create_model_card
+from ..modeling_mixture import MixturePolicyModel
+from ..objectives import dual_objective, effective_sample_size, implicit_dual_objective, on_policy_objective
+from ..optim import MirrorDescent
+from ..rewards import RewardModelSpec, make_reward_functions, normalize_rewards
+from ..rollouts import Completions, completion_logps, sample_completions, tokenize_prompts
+from .mpo_config import MPOConfig
+
+
+logger = logging.get_logger(__name__)
+
+RewardFunc = Callable | str | PreTrainedModel | RewardModelSpec
+
+
+class MPOTrainer(Trainer):
+    r"""
+    Fits the weights of a mixture of policies, so that the worst-off objective is as well off as it can be: the batch
+    stochastic mirror descent of [Mixing Preference Optimization](https://huggingface.co/papers/2502.18699).
+
+    No policy is trained. Every step draws completions, measures every objective on them, and takes one step of entropic
+    mirror descent on the mixture weights λ, whose loss is the dual objective
+
+    $$ F(\lambda) = E_x \log E_{y \sim \pi_{ref}} \exp\Big(\sum_k \lambda_k P(r_k)(x, y)/\beta\Big) $$
+
+    After every step `trainer.model.mixture_weights` is the result so far. Saving writes a config, a tokenizer and a model
+    card.
+
+    Args:
+        model ([`MixturePolicyModel`], `str` or `list`):
+            The mixture, the repo id or folder of one, or a list of policies as [`MixturePolicyModel.from_policies`] takes
+            them, one an objective.
+        ref_model (`str`, `dict` or [`~transformers.PreTrainedModel`], *optional*):
+            The reference policy that the policies were aligned from. Defaults to the mixture's own.
+        reward_funcs (*optional*):
+            One reward an objective, in the order of the policies: callables, repo ids or models as TRL's `GRPOTrainer`
+            takes them, or [`RewardModelSpec`]. Not needed for `objective="implicit"`, where they are only logged.
+        args ([`MPOConfig`], *optional*):
+            The options.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Prompts in TRL's prompt-only format, plain or conversational. Further columns go to the rewards.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Prompts to evaluate the mixture on.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer that all policies share. Defaults to that of the mixture or of its first component.
+        reward_processing_classes (*optional*):
+            Tokenizers of reward models, as in `GRPOTrainer`.
+        callbacks (`list[TrainerCallback]`, *optional*):
+            Further callbacks.
+
+    Raises:
+        `ValueError`: for arguments that do not fit together, before anything is sampled.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from mpo_hf import MPOConfig, MPOTrainer
+
+    >>> def brevity(completions, **kwargs):
+    ...     return [-float(len(c[0]["content"].split())) for c in completions]
+
+    >>> trainer = MPOTrainer(
+    ...     model=["org/helpful", "org/harmless"],
+    ...     ref_model="org/sft",
+    ...     reward_funcs=["org/helpful-reward", brevity],
+    ...     args=MPOConfig(output_dir="mix", beta=1.0),
+    ...     train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": "What is a cloud?"}]}]),
+    ... )  # doctest: +SKIP
+    >>> trainer.train()  # doctest: +SKIP
+    >>> trainer.model.mixture_weights  # doctest: +SKIP
+    ```
+    """
+
+    _tag_names = ["mpo", "mpo_hf"]
+    args: MPOConfig
+    model: MixturePolicyModel
+
+    def __init__(
+        self,
+        model: MixturePolicyModel | str | Sequence[Policy],
+        ref_model: Policy | None = None,
+        reward_funcs: RewardFunc | Sequence[RewardFunc] | None = None,
+        args: MPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        args = args if args is not None else MPOConfig("mpo_output")
+        if not isinstance(args, MPOConfig):
+            raise ValueError(f"`args` must be an MPOConfig, got {type(args).__name__}.")
+        _check_prompts("train_dataset", train_dataset)
+        for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
+            _check_prompts(f"eval_dataset {name}".strip(), dataset, required=False)
+        if reward_funcs is not None and not isinstance(reward_funcs, list | tuple):
+            reward_funcs = [reward_funcs]
+        if not reward_funcs and args.objective == "reward":
+            raise ValueError('`objective="reward"` needs `reward_funcs`, one an objective. Without, try "implicit".')
+        if isinstance(model, list | tuple) and reward_funcs and len(reward_funcs) != len(model):
+            raise ValueError(
+                f"Got {len(reward_funcs)} `reward_funcs` for {len(model)} policies; MPO needs one for each."
+            )
+
+        model, reference = _open_policies(model, ref_model, args)
+        labels = model.config.labels
+        if model.config.allow_off_simplex:
+            raise ValueError("MPO fits weights on the simplex, but this mixture allows others (`allow_off_simplex`).")
+        if min(model.config.mixture_weights) == 0:
+            raise ValueError(
+                f"The fit starts from the weights of the mixture, {model.config.mixture_weights}, and a weight of zero would "
+                "stay zero for ever. Start from uniform weights, or leave that policy out."
+            )
+        if reference is None and (args.objective == "reward" or args.proposal == "reference"):
+            raise ValueError(
+                "This mixture has no reference policy. Pass `ref_model=`, the policy that all others were aligned from."
+            )
+        if reward_funcs and len(reward_funcs) != len(labels):
+            raise ValueError(
+                f"Got {len(reward_funcs)} `reward_funcs` for {len(labels)} policies; MPO needs one for each."
+            )
+        self.reference_policy = reference
+        self.reward_functions = (
+            make_reward_functions(reward_funcs, processing_classes=reward_processing_classes) if reward_funcs else []
+        )
+        self.objective_names = _objective_names(model.config, [reward.name for reward in self.reward_functions])
+        self.policies = [model.policy(k) for k in range(len(labels))]
+        # λ lives outside the model: nothing in the model is trained, and float64 makes resuming exact
+        self.weights = nn.Parameter(torch.tensor(model.config.mixture_weights, dtype=torch.float64))
+
+        processing_class = processing_class if processing_class is not None else _open_tokenizer(model, args)
+        if processing_class.pad_token_id is None:
+            processing_class.pad_token = processing_class.eos_token
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=list,  # batches stay lists of examples: rewards see every column as it is
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self.model_accepts_loss_kwargs = False
+        model.requires_grad_(False)
+        model.add_model_tags(self._tag_names)
+        set_seed(args.seed, device_specific=True)
+        self._eos_token_ids = _eos_token_ids(model, processing_class)
+        self._check_prompt_lengths(train_dataset)
+        for reward in self.reward_functions:
+            reward.to(self.accelerator.device)
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._warned_collapse = False
+        self.add_callback(_RewardOffsets)
+        self.add_callback(_MirrorDescentCallback(self))
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._prompt_dataloader(
+            self.train_dataset, self.args.train_prompts_per_device, self.args.shuffle_dataset, whole_batches=True
+        )
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if dataset is None:
+            raise ValueError("Evaluation needs an `eval_dataset`.")
+        return self._prompt_dataloader(dataset, self.args.eval_prompts_per_device, shuffle=False)
+
+    def _prompt_dataloader(
+        self, dataset: Dataset | IterableDataset, batch_size: int, shuffle: bool, whole_batches: bool = False
+    ) -> DataLoader:
+        streamed = isinstance(dataset, IterableDataset)
+        shuffle = shuffle and not streamed
+        # a step on the few prompts that an epoch leaves over would be a noisier one
+        drop_last = whole_batches and (streamed or len(dataset) >= batch_size * self.accelerator.num_processes)
+        loader = DataLoader(
+            dataset, batch_size=batch_size, shuffle=shuffle, collate_fn=self.data_collator, drop_last=drop_last
+        )
+        return self.accelerator.prepare(loader)
+
+    def _check_prompt_lengths(self, dataset: Dataset | IterableDataset) -> None:
+        """Finds prompts that leave no room for a completion before anything is sampled."""
+        if not isinstance(dataset, IterableDataset):
+            for start in range(0, len(dataset), 1000):
+                self._tokenize(dataset[start : start + 1000]["prompt"])
+
+    def _tokenize(self, prompts: list) -> list[list[int]]:
+        prompt_ids = tokenize_prompts(prompts, self.processing_class, self.args.chat_template_kwargs)
+        context = self.model.config.max_position_embeddings
+        for prompt, ids in zip(prompts, prompt_ids):
+            if not ids:
+                raise ValueError(f"The prompt {prompt!r} has no tokens.")
+            if context is not None and len(ids) + self.args.max_completion_length > context:
+                raise ValueError(
+                    f"A prompt of {len(ids)} tokens and a completion of {self.args.max_completion_length} do not fit into "
+                    f"the context of {context} tokens: {str(prompt)[:200]!r}. Drop such prompts, or lower "
+                    "`max_completion_length`."
+                )
+        return prompt_ids
+
+    # ---- one step: sample, score, loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: list[dict[str, Any]],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The dual objective at the current weights, estimated from completions of the prompts in `inputs`."""
+        loss = self._dual_objective(inputs, self.weights, "train")
+        # the trainer adds losses up on its own device, in float32
+        return loss.float().to(self.args.device)
+
+    def _dual_objective(self, inputs: list[dict[str, Any]], weights: torch.Tensor, mode: str) -> torch.Tensor:
+        args = self.args
+        self.model.eval()  # Trainer puts the model into training mode; dropout has no place in a policy
+        completions = self.sample(inputs, weights.detach())
+        rewards = self.score_rewards(inputs, completions) if self.reward_functions else None
+        shape = (len(inputs), args.num_generations)
+        on_mixture = args.proposal == "mixture"
+        needs_logps = on_mixture or args.objective == "implicit"
+        policy_logps = reference_logps = proposal_logps = None
+        if needs_logps:
+            policy_logps, proposal_logps = completion_logps(
+                self.policies,
+                completions,
+                weights.detach() if on_mixture else None,
+                args.temperature,
+                args.logps_batch_size,
+            )
+            policy_logps = policy_logps.view(*shape, -1)
+        if self.reference_policy is not None and (needs_logps or args.temperature != 1):
+            logps, tempered = completion_logps(
+                [self.reference_policy], completions, torch.ones(1), args.temperature, args.logps_batch_size
+            )
+            reference_logps = logps.view(*shape)
+            proposal_logps = proposal_logps if on_mixture else tempered
+        if proposal_logps is not None:
+            proposal_logps = proposal_logps.view(*shape)
+
+        if args.objective == "implicit":
+            loss, log_weights = implicit_dual_objective(weights, policy_logps, proposal_logps)
+        else:
+            rewards = rewards.view(*shape, -1)
+            if on_mixture:
+                advantages = (rewards - self.reward_offsets) / args.beta
+                loss, log_weights = on_policy_objective(
+                    weights, advantages, policy_logps, proposal_logps, reference_logps
+                )
+            else:
+                log_ratio = None if proposal_logps is None else reference_logps - proposal_logps
+                normalized = normalize_rewards(rewards, args.beta, log_ratio) if args.normalize_rewards else rewards
+                loss, log_weights = dual_objective(weights, normalized / args.beta, log_ratio)
+        self._record_step(mode, loss, log_weights, rewards, completions)
+        return loss
+
+    def sample(self, inputs: list[dict[str, Any]], weights: torch.Tensor) -> Completions:
+        """Draws `num_generations` completions of every prompt from the proposal."""
+        on_mixture = self.args.proposal == "mixture"
+        return self._sample_from(
+            self.model if on_mixture else self.reference_policy, inputs, weights if on_mixture else None
+        )
+
+    def _sample_from(
+        self, policy: MixturePolicyModel, inputs: list[dict[str, Any]], weights: torch.Tensor | None
+    ) -> Completions:
+        return sample_completions(
+            policy,
+            self._tokenize([example["prompt"] for example in inputs]),
+            num_generations=self.args.num_generations,
+            max_completion_length=self.args.max_completion_length,
+            pad_token_id=self.processing_class.pad_token_id,
+            eos_token_id=self._eos_token_ids,
+            temperature=self.args.temperature,
+            mixture_weights=weights,
+        )
+
+    def score_rewards(
+        self, inputs: list[dict[str, Any]], completions: Completions, objectives: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Rewards of every completion, all or those of some `objectives`: shape `(N, K)`, float64, on the CPU."""
+        repeated = [example for example in inputs for _ in range(self.args.num_generations)]
+        prompts = [example["prompt"] for example in repeated]
+        completion_ids = completions.id_lists()
+        texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+        if is_conversational({"prompt": prompts[0]}):
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        columns = {name: [e[name] for e in repeated] for name in repeated[0] if name not in ("prompt", "completion")}
+        columns |= {"completion_ids": completion_ids, "trainer_state": self.state}
+        functions = self.reward_functions if objectives is None else [self.reward_functions[k] for k in objectives]
+        rewards = [reward(prompts, texts, **columns) for reward in functions]
+        return torch.stack(rewards, dim=-1).double().cpu()
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: list[dict[str, Any]],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        with torch.no_grad():
+            weights = torch.tensor(self.model.config.mixture_weights, dtype=torch.float64)
+            loss = self._dual_objective(inputs, weights, "eval")
+        return loss.float().to(self.args.device), None, None
+
+    # ---- normalisation, with the mixture as proposal ----
+
+    @property
+    def reward_offsets(self) -> torch.Tensor:
+        r"""
+        What the normalisation P subtracts from every reward when the mixture is the proposal, shape `(K,)`: the value
+
+        $$ E_x \big( E_{y \sim \pi_k} [r_k] - \beta\, \mathrm{KL}(\pi_k \| \pi_{ref}) \big)
+           \le E_x\, \beta \log E_{y \sim \pi_{ref}} \exp(r_k/\beta) $$
+
+        that each policy reaches on its own objective (Gibbs' inequality; equal when the policy is optimal). It needs no
+        exponentials of sequence log-ratios, so it does not collapse with length. Estimated once, before the first step.
+        Zeros where rewards are not normalised.
+        """
+        offsets = self._offsets_callback().offsets
+        return torch.tensor(offsets or [0.0] * len(self.objective_names), dtype=torch.float64)
+
+    def _offsets_callback(self) -> "_RewardOffsets":
+        # looked up, not kept: Trainer may put a restored callback into its place
+        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, _RewardOffsets))
+
+    def prepare_reward_offsets(self) -> None:
+        """Estimates the reward offsets, or takes them from the checkpoint that is resumed. Called as training begins."""
+        args, callback = self.args, self._offsets_callback()
+        needed = args.objective == "reward" and args.proposal == "mixture" and args.normalize_rewards
+        if not needed or callback.offsets is not None:
+            return
+        saved = self.state.stateful_callbacks.get(type(callback).__name__, {})
+        callback.offsets = saved.get("attributes", {}).get("offsets") or self._estimate_reward_offsets()
+
+    def _estimate_reward_offsets(self) -> list[float]:
+        args, size = self.args, self.args.train_prompts_per_device
+        prompts = [e for e, _ in zip(self.train_dataset.shuffle(seed=args.seed), range(args.normalization_prompts))]
+        values: list[list[torch.Tensor]] = [[] for _ in self.policies]
+        batches = [(k, start) for k in range(len(self.policies)) for start in range(0, len(prompts), size)]
+        hidden = args.disable_tqdm or not self.is_world_process_zero()
+        for k, start in tqdm(batches, desc="Value of each policy", disable=hidden):
+            inputs = prompts[start : start + size]
+            completions = self._sample_from(self.policies[k], inputs, None)
+            reward = self.score_rewards(inputs, completions, [k])[:, 0]
+            pair = [self.policies[k], self.reference_policy]
+            logps, _ = completion_logps(pair, completions, batch_size=args.logps_batch_size)
+            values[k].append(reward - args.beta * (logps[:, 0] - logps[:, 1]))
+        means = torch.stack([torch.cat(v).mean() for v in values]).to(self.accelerator.device)
+        return self.accelerator.reduce(means, reduction="mean").tolist()
+
+    # ---- the optimiser ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = MirrorDescent([self.weights], lr=self.args.step_size(self.state.max_steps))
+        return self.optimizer
+
+    def fitted_weights(self) -> torch.Tensor:
+        """The result so far, shape `(K,)`, float64: the average of the iterates, or the last one."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if not self.args.average_iterates or optimizer is None:
+            return self.weights.detach().clone()
+        return optimizer.average(self.weights)
+
+    def floating_point_ops(self, inputs: list[dict[str, Any]]) -> int:
+        return 0  # what is spent depends on the completions, not on the prompts that Trainer would count
+
+    # ---- logging ----
+
+    def record(self, mode: str, name: str, values: torch.Tensor) -> None:
+        """Adds the mean of `values` over all processes to what is logged next; `mode` is "train" or "eval"."""
+        gathered = self.accelerator.gather(values.detach().float().to(self.accelerator.device))
+        self._metrics[mode][name].append(gathered.mean().item())
+
+    def _record_step(
+        self,
+        mode: str,
+        loss: torch.Tensor,
+        log_weights: torch.Tensor,
+        rewards: torch.Tensor | None,
+        completions: Completions,
+    ) -> None:
+        fraction = effective_sample_size(log_weights.detach()) / log_weights.shape[-1]
+        self.record(mode, "dual_objective", loss.reshape(1))
+        self.record(mode, "effective_sample_size", fraction)
+        self.record(mode, "completions/mean_length", completions.completion_mask.sum(-1))
+        if rewards is not None:
+            for name, values in zip(self.objective_names, rewards.reshape(-1, rewards.shape[-1]).unbind(-1)):
+                self.record(mode, f"rewards/{name}", values)
+        if mode == "train":
+            self._warn_of_collapse(self._metrics[mode]["effective_sample_size"][-1])
+
+    def _warn_of_collapse(self, fraction: float) -> None:
+        if fraction >= self.args.min_effective_sample_size or self._warned_collapse:
+            return
+        self._warned_collapse = True
+        if self.args.proposal == "reference":
+            advice = 'Draw from the mixture itself with `proposal="mixture"`'
+        else:
+            advice = "Draw more completions (`num_generations`), or shorter ones (`max_completion_length`)"
+        if self.args.objective == "reward":
+            advice += ", or raise `beta`"
+        logger.warning(
+            f"Only {fraction:.1%} of the completions count: the effective sample size has collapsed, and the weights may "
+            f'run away from the optimum (proposal "{self.args.proposal}"). {advice}.'
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
+        metrics = {name: sum(values) / len(values) for name, values in self._metrics[mode].items() if values}
+        if mode == "eval":
+            metrics = {f"eval_{name}": value for name, value in metrics.items()}
+        else:
+            metrics |= {
+                f"weights/{name}": weight
+                for name, weight in zip(self.objective_names, self.model.config.mixture_weights)
+            }
+        self._metrics[mode].clear()
+        super().log({**logs, **metrics}, start_time)
+
+    # ---- checkpoints ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Saves the mixture: its config, the tokenizer and a model card. Policies are referred to; only a mixture of models
+        that were given in memory is written whole, and even then its checkpoints are not.
+
+        Args:
+            output_dir (`str`, *optional*): folder to save to. Defaults to `args.output_dir`.
+        """
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        if self.args.should_save and not _internal_call:
+            os.makedirs(output_dir, exist_ok=True)
+            self.create_model_card(output_dir=output_dir)
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # checkpoints of a mixture whose models were given in memory hold its config only: nothing in them changes
+        whole = all(component.name_or_path is None for component in self.model.config.components)
+        if not whole or output_dir in (None, self.args.output_dir) or not self._is_checkpoint(output_dir):
+            return super()._save(output_dir, state_dict)
+        self.model.config.save_pretrained(output_dir)
+        self.processing_class.save_pretrained(output_dir)
+
+    def _is_checkpoint(self, output_dir: str) -> bool:
+        return os.path.basename(os.path.normpath(output_dir)).startswith(PREFIX_CHECKPOINT_DIR)
+
+    def create_model_card(self, *args, output_dir: str | None = None, **kwargs) -> None:
+        """
+        Writes the model card, `README.md`: components, weights, and the mean rewards of the first and last step.
+
+        Args:
+            output_dir (`str`, *optional*): folder to write to. Defaults to `args.output_dir`.
+        """
+        if not self.is_world_process_zero():
+            return
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        steps = [entry for entry in self.state.log_history if "dual_objective" in entry and "loss" in entry]
+        rewards = {}
+        for name, entry in (("first step", steps[0]), ("last step", steps[-1])) if steps else ():
+            values = {k.removeprefix("rewards/"): v for k, v in entry.items() if k.startswith("rewards/")}
+            if values:
+                rewards[f"{self.args.proposal}, {name}"] = values
+        name = self.hub_model_id or os.path.basename(os.path.abspath(output_dir))
+        create_model_card(self.model.config, name, rewards).save(os.path.join(output_dir, "README.md"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        config = MixturePolicyConfig.from_pretrained(resume_from_checkpoint)
+        if config.labels != self.model.config.labels:
+            raise ValueError(
+                f"The checkpoint {resume_from_checkpoint!r} belongs to a mixture of {config.labels}, this one is of "
+                f"{self.model.config.labels}."
+            )
+        self.model.mixture_weights = config.mixture_weights
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class _MirrorDescentCallback(TrainerCallback):
+    """Gradients of all processes before a mirror step, and the result of it in the model afterwards."""
+
+    def __init__(self, trainer: MPOTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.prepare_reward_offsets()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        weights = self.trainer.weights
+        grad = self.trainer.accelerator.reduce(weights.grad.to(self.trainer.accelerator.device), reduction="mean")
+        weights.grad.copy_(grad)
+        # Trainer measures the gradient of the model, which has none
+        self.trainer.record("train", "grad_norm", weights.grad.norm().reshape(1))
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.weights.grad = None  # Trainer clears the gradients of the model, where the weights are not
+        self.trainer.model.mixture_weights = self.trainer.fitted_weights()
+
+
+class _RewardOffsets(TrainerCallback, ExportableState):
+    """Carries the estimated reward offsets through checkpoints."""
+
+    def __init__(self):
+        self.offsets: list[float] | None = None
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"offsets": self.offsets}}
+
+
+def _check_prompts(name: str, dataset: Dataset | IterableDataset | None, required: bool = True) -> None:
+    if dataset is None:
+        if required:
+            raise ValueError(f"`{name}` is needed: prompts, in TRL's prompt-only format.")
+        return
+    if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty.")
+    columns = getattr(dataset, "column_names", None) or list(next(iter(dataset)))
+    if "prompt" not in columns:
+        raise ValueError(f"`{name}` needs a column 'prompt', it has {columns}.")
+
+
+def _open_policies(
+    model: MixturePolicyModel | str | Sequence[Policy], ref_model: Policy | None, args: MPOConfig
+) -> tuple[MixturePolicyModel, MixturePolicyModel | None]:
+    kwargs = args.model_init_kwargs or {}
+    if isinstance(model, str | os.PathLike):
+        model = MixturePolicyModel.from_pretrained(model, **kwargs)
+    elif not isinstance(model, PreTrainedModel):
+        model, ref_model = MixturePolicyModel.from_policies(model, reference=ref_model, **kwargs), None
+    if getattr(model.config, "model_type", None) != MixturePolicyConfig.model_type:
+        raise ValueError(f"`model` must be a mixture or a list of policies, got a {type(model).__name__}.")
+    if ref_model is not None:
+        return model, MixturePolicyModel.from_policies([ref_model], vocab_size=model.config.vocab_size)
+    return model, model.reference_policy
+
+
+def _open_tokenizer(model: MixturePolicyModel, args: MPOConfig) -> PreTrainedTokenizerBase:
+    component = model.config.components[0]
+    location = {
+        name: value
+        for name in ("revision", "subfolder", "gguf_file")
+        if (value := getattr(component, name)) is not None
+    }
+    for source, kwargs in ((model.name_or_path, {}), (component.name_or_path, location)):
+        if source:
+            try:
+                return AutoTokenizer.from_pretrained(source, **kwargs)
+            except (OSError, ValueError):
+                continue
+    raise ValueError("The policies come without a tokenizer. Pass it as `processing_class`.")
+
+
+def _objective_names(config: MixturePolicyConfig, reward_names: list[str]) -> list[str]:
+    """Labels of the policies, where they have one; otherwise names of the rewards, otherwise `policy_k`."""
+    if not reward_names or all(component.label for component in config.components):
+        return config.labels
+    return [component.label or name for component, name in zip(config.components, reward_names)]
+
+
+def _eos_token_ids(model: MixturePolicyModel, processing_class: PreTrainedTokenizerBase) -> list[int] | None:
+    """All tokens that end a completion: the tokenizer's, and those of the model's generation config."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    ids = {i for i in [*ids, processing_class.eos_token_id] if i is not None}
+    return sorted(ids) or None

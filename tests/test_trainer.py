@@ -1,0 +1,406 @@
+"""MPOTrainer as an ordinary Trainer: arguments, logs, checkpoints, errors. What it computes is in test_fit_exactness."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from toy import LENGTH, PROMPTS, toy_policy, toy_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from mpo_hf import MixturePolicyModel, MPOConfig, MPOTrainer
+from mpo_hf.rewards import RewardError
+
+
+def count_c(completions, **kwargs):
+    return [float(c.split().count("c")) for c in completions]
+
+
+def count_b(completions, **kwargs):
+    return [float(c.split().count("b")) for c in completions]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A reference and two policies on disk, with their tokenizer."""
+    root = tmp_path_factory.mktemp("policies")
+    reference = toy_policy(100, 0.5)
+    for name, policy in {
+        "ref": reference,
+        "a": toy_policy(1, 0.1, reference),
+        "b": toy_policy(2, 0.1, reference),
+    }.items():
+        policy.save_pretrained(root / name)
+        toy_tokenizer().save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def mixture(folders):
+    return MixturePolicyModel.from_policies(
+        [folders / "a", folders / "b"], reference=folders / "ref", labels=["a", "b"]
+    )
+
+
+def make_args(output_dir, **kwargs):
+    defaults = {
+        "num_generations": 4,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "max_steps": 6,
+        "max_completion_length": LENGTH,
+        "beta": 0.5,
+        "disable_tqdm": True,
+    }
+    return MPOConfig(output_dir=str(output_dir), **{**defaults, **kwargs})
+
+
+def make_trainer(
+    mixture, output_dir, rewards=(count_c, count_b), dataset=None, callbacks=None, eval_dataset=None, **kwargs
+):
+    return MPOTrainer(
+        model=mixture,
+        reward_funcs=list(rewards) if rewards else None,
+        args=make_args(output_dir, **kwargs),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}) if dataset is None else dataset,
+        eval_dataset=eval_dataset,
+        processing_class=toy_tokenizer(),
+        callbacks=callbacks,
+    )
+
+
+class Interrupt(TrainerCallback):
+    """Stops the run in the middle of a step, as a person or a power cut would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+# ---- what a fit leaves behind ----
+
+
+def test_everything_is_logged_at_every_step(mixture, tmp_path):
+    trainer = make_trainer(mixture, tmp_path)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5, 6]
+    for entry in steps:
+        assert entry["weights/a"] + entry["weights/b"] == pytest.approx(1)
+        assert 0 < entry["effective_sample_size"] <= 1
+        assert entry["completions/mean_length"] == LENGTH
+        assert entry["dual_objective"] == pytest.approx(entry["loss"], abs=1e-4)
+        assert entry["grad_norm"] > 0
+        assert entry["learning_rate"] == pytest.approx(2 / math.sqrt(6))
+        assert {"rewards/a", "rewards/b"} <= set(entry)
+    assert [steps[-1]["weights/a"], steps[-1]["weights/b"]] == pytest.approx(trainer.model.mixture_weights.tolist())
+
+
+def test_the_result_is_the_average_of_the_iterates_unless_told_otherwise(mixture, folders, tmp_path):
+    class Iterates(TrainerCallback):
+        seen: list = []
+
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            self.seen.append(optimizer.param_groups[0]["params"][0].detach().clone())
+
+    trainer = make_trainer(mixture, tmp_path, callbacks=[Iterates()])
+    trainer.train()
+    average = torch.stack(Iterates.seen).mean(0)
+    torch.testing.assert_close(trainer.model.mixture_weights, average.float())
+    again = MixturePolicyModel.from_policies([folders / "a", folders / "b"], reference=folders / "ref")
+    last = make_trainer(again, tmp_path / "last", average_iterates=False)
+    last.train()
+    torch.testing.assert_close(last.model.mixture_weights, Iterates.seen[-1].float())
+    assert not torch.allclose(average, Iterates.seen[-1])
+
+
+def test_saving_writes_no_policy_weights_and_opens_anywhere(mixture, tmp_path):
+    trainer = make_trainer(mixture, tmp_path)
+    trainer.train()
+    trainer.save_model()
+    files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= files
+    assert not [name for name in files if name.endswith(".safetensors") or "model.bin" in name]
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(opened.mixture_weights, trainer.model.mixture_weights)
+    prompt = AutoTokenizer.from_pretrained(tmp_path)("a b", return_tensors="pt")
+    kwargs = {"do_sample": False, "max_new_tokens": 5}
+    ids = {k: prompt[k] for k in ("input_ids", "attention_mask")}
+    assert torch.equal(opened.generate(**ids, **kwargs), trainer.model.generate(**ids, **kwargs))
+
+
+def test_model_card_names_objectives_weights_and_rewards(mixture, tmp_path):
+    trainer = make_trainer(mixture, tmp_path)
+    trainer.train()
+    trainer.save_model()
+    card = (tmp_path / "README.md").read_text()
+    for weight in trainer.model.config.mixture_weights:
+        assert f"{weight:.4f}" in card
+    assert "2502.18699" in card and "| a |" in card and "Mean reward" in card
+    assert str(tmp_path.parent) not in card  # folders of this machine mean nothing to a reader
+
+
+def test_policies_are_not_changed(mixture, folders, tmp_path):
+    before = {name: value.clone() for name, value in mixture.state_dict().items()}
+    make_trainer(mixture, tmp_path).train()
+    after = mixture.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not any(p.requires_grad for p in mixture.parameters())
+
+
+def test_evaluation_reports_rewards_of_the_mixture(mixture, tmp_path):
+    trainer = make_trainer(mixture, tmp_path, eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:3]}))
+    metrics = trainer.evaluate()
+    logged = trainer.state.log_history[-1]
+    assert "eval_loss" in metrics
+    assert {"eval_rewards/a", "eval_rewards/b", "eval_effective_sample_size"} <= set(logged)
+
+
+def test_step_size_follows_its_schedule(mixture, tmp_path):
+    trainer = make_trainer(mixture, tmp_path, lr_scheduler_type="linear", learning_rate=0.6)
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert rates == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+
+
+# ---- interruption ----
+
+
+@pytest.mark.parametrize(
+    "objective, proposal", [("reward", "reference"), ("reward", "mixture"), ("implicit", "mixture")]
+)
+def test_resuming_gives_the_same_weights_to_the_last_bit(folders, tmp_path, objective, proposal):
+    def trainer(name, **kwargs):
+        model = MixturePolicyModel.from_policies([folders / "a", folders / "b"], reference=folders / "ref")
+        return make_trainer(model, tmp_path / name, objective=objective, proposal=proposal, **kwargs)
+
+    whole = trainer("whole")
+    whole.train()
+    broken = trainer("broken", callbacks=[Interrupt(3)])
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    resumed = trainer("broken")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert torch.equal(resumed.weights, whole.weights)
+    assert resumed.model.config.mixture_weights == whole.model.config.mixture_weights
+    assert torch.equal(resumed.reward_offsets, whole.reward_offsets)
+    assert resumed.reward_offsets.any() == (objective == "reward" and proposal == "mixture")
+
+
+def test_a_reward_that_raises_loses_nothing(folders, mixture, tmp_path):
+    calls = []
+
+    def fails_later(completions, **kwargs):
+        calls.append(len(completions))
+        if len(calls) == 4:
+            raise ConnectionError("the judge went away")
+        return count_b(completions)
+
+    trainer = make_trainer(mixture, tmp_path, rewards=[count_c, fails_later])
+    with pytest.raises(RewardError, match="fails_later") as error:
+        trainer.train()
+    assert isinstance(error.value.__cause__, ConnectionError)
+    again = MixturePolicyModel.from_policies(
+        [folders / "a", folders / "b"], reference=folders / "ref", labels=["a", "b"]
+    )
+    resumed = make_trainer(again, tmp_path, rewards=[count_c, fails_later])
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert len(calls) == 4 + 3  # steps 1 to 3 were not repeated
+
+
+def test_a_checkpoint_of_another_mixture_is_refused(folders, mixture, tmp_path):
+    make_trainer(mixture, tmp_path, max_steps=1).train()
+    other = MixturePolicyModel.from_policies(
+        [folders / "a", folders / "b"], reference=folders / "ref", labels=["x", "y"]
+    )
+    with pytest.raises(ValueError, match="belongs to a mixture of"):
+        make_trainer(other, tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_checkpoints_of_models_in_memory_hold_no_weights(tmp_path):
+    reference = toy_policy(100, 0.5)
+    policies = [toy_policy(1, 0.1, reference), toy_policy(2, 0.1, reference)]
+    trainer = make_trainer(policies, tmp_path, objective="implicit", rewards=None, max_steps=2)
+    trainer.train()
+    assert not list(tmp_path.rglob("*.safetensors"))
+    trainer.save_model()
+    assert [p.name for p in tmp_path.rglob("*.safetensors")] == ["model.safetensors"]
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(opened.mixture_weights, trainer.model.mixture_weights)
+
+
+# ---- what it takes ----
+
+
+def test_a_list_of_policies_and_a_reference_will_do(folders, tmp_path):
+    trainer = MPOTrainer(
+        model=[str(folders / "a"), str(folders / "b")],
+        ref_model=str(folders / "ref"),
+        reward_funcs=[count_c, count_b],
+        args=make_args(tmp_path, max_steps=1),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+    )
+    trainer.train()
+    assert trainer.objective_names == ["count_c", "count_b"]
+    assert trainer.processing_class.get_vocab() == toy_tokenizer().get_vocab()
+
+
+def test_rewards_see_columns_and_prompts_as_trl_gives_them(mixture, tmp_path):
+    seen = []
+
+    def spy(prompts, completions, completion_ids, answer, trainer_state, **kwargs):
+        seen.append((prompts, completions, completion_ids, answer, trainer_state.global_step, set(kwargs)))
+        return [0.0] * len(prompts)
+
+    data = Dataset.from_dict({"prompt": PROMPTS, "answer": [0, 1, 2, 3]})
+    make_trainer(mixture, tmp_path, rewards=[spy, count_b], dataset=data, shuffle_dataset=False, max_steps=1).train()
+    prompts, completions, completion_ids, answer, step, more = seen[0]
+    assert prompts == [PROMPTS[0]] * 4 + [PROMPTS[1]] * 4
+    assert answer == [0] * 4 + [1] * 4
+    assert step == 0 and not more
+    assert [toy_tokenizer().decode(ids) for ids in completion_ids] == completions
+
+
+def test_conversational_prompts_give_conversational_completions(mixture, tmp_path):
+    seen = []
+
+    def spy(prompts, completions, **kwargs):
+        seen.append((prompts[0], completions[0]))
+        return [0.0] * len(prompts)
+
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}f{% endif %}"
+    )
+    trainer = MPOTrainer(
+        model=mixture,
+        reward_funcs=[spy, lambda completions, **kwargs: [0.0] * len(completions)],
+        args=make_args(tmp_path, max_steps=1),
+        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": "a b"}]}]),
+        processing_class=tokenizer,
+    )
+    assert trainer._tokenize([[{"role": "user", "content": "a b"}]]) == [[0, 1, 5]]
+    trainer.train()
+    prompt, completion = seen[0]
+    assert prompt == [{"role": "user", "content": "a b"}]
+    assert [set(message) for message in completion] == [{"role", "content"}]
+    assert completion[0]["role"] == "assistant" and completion[0]["content"]
+
+
+def test_streamed_datasets_work(mixture, tmp_path):
+    def stream():
+        for _ in range(10):
+            yield from ({"prompt": prompt} for prompt in PROMPTS)
+
+    trainer = make_trainer(mixture, tmp_path, dataset=IterableDataset.from_generator(stream), max_steps=3)
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_gradient_accumulation_averages_over_prompts(folders, tmp_path):
+    def weights(name, **kwargs):
+        model = MixturePolicyModel.from_policies([folders / "a", folders / "b"], reference=folders / "ref")
+        trainer = make_trainer(
+            model, tmp_path / name, max_steps=1, num_generations=2000, shuffle_dataset=False, learning_rate=8, **kwargs
+        )
+        trainer.train()
+        return trainer.weights.detach()
+
+    together = weights("1", per_device_train_batch_size=8000, per_device_eval_batch_size=2000)
+    apart = weights(
+        "2", per_device_train_batch_size=2000, per_device_eval_batch_size=2000, gradient_accumulation_steps=4
+    )
+    # other samples, same expectation; summing instead of averaging would move four times as far
+    torch.testing.assert_close(together, apart, atol=0.05, rtol=0)
+    assert (together - 0.5).abs().max() > 0.1
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"num_generations": 1}, "at least 2.*vertex"),
+        ({"per_device_train_batch_size": 30}, "multiple of `num_generations`"),
+        ({"objective": "rewards"}, "one of"),
+        ({"proposal": "policy"}, "one of"),
+        ({"beta": 0.0}, "positive"),
+        ({"temperature": -1.0}, "positive"),
+        ({"max_completion_length": 0}, "at least 1"),
+        ({"max_grad_norm": 1.0}, "no mirror descent step"),
+    ],
+)
+def test_bad_arguments_are_refused_with_the_reason(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        MPOConfig(output_dir=str(tmp_path), **kwargs)
+
+
+@pytest.mark.parametrize(
+    "dataset, message",
+    [
+        (Dataset.from_dict({"prompt": []}), "empty"),
+        (Dataset.from_dict({"text": ["a b"]}), "column 'prompt'.*text"),
+        (Dataset.from_dict({"prompt": ["a " * 63]}), "do not fit into the context of 64"),
+        (Dataset.from_dict({"prompt": [""]}), "no tokens"),
+    ],
+)
+def test_bad_datasets_are_refused_before_anything_runs(folders, tmp_path, dataset, message):
+    model = MixturePolicyModel.from_policies([toy_policy(1, 0.1), toy_policy(2, 0.1)], reference=toy_policy(3, 0.1))
+    for config in [model.config, *model.config.component_configs]:
+        if "max_position_embeddings" in vars(config):
+            config.max_position_embeddings = 64
+    with pytest.raises(ValueError, match=message):
+        make_trainer(model, tmp_path, dataset=dataset)
+
+
+def test_arguments_that_do_not_fit_together_are_refused(folders, mixture, tmp_path):
+    with pytest.raises(ValueError, match="needs `reward_funcs`"):
+        make_trainer(mixture, tmp_path, rewards=None)
+    with pytest.raises(ValueError, match="1 `reward_funcs` for 2 policies"):
+        make_trainer(mixture, tmp_path, rewards=[count_c])
+    orphan = MixturePolicyModel.from_policies([folders / "a", folders / "b"])
+    with pytest.raises(ValueError, match="no reference policy"):
+        make_trainer(orphan, tmp_path)
+    with pytest.raises(ValueError, match="must be a mixture or a list"):
+        make_trainer(toy_policy(1, 0.1), tmp_path)
+    extrapolated = MixturePolicyModel.from_policies(
+        [folders / "a", folders / "b"], [1.5, -0.5], reference=folders / "ref", allow_off_simplex=True
+    )
+    with pytest.raises(ValueError, match="on the simplex"):
+        make_trainer(extrapolated, tmp_path)
+    at_vertex = MixturePolicyModel.from_policies([folders / "a", folders / "b"], [1.0, 0.0], reference=folders / "ref")
+    with pytest.raises(ValueError, match="zero"):
+        make_trainer(at_vertex, tmp_path)
+
+
+def test_a_reward_that_is_not_a_number_stops_the_run_and_shows_the_completion(mixture, tmp_path):
+    def broken(completions, **kwargs):
+        return [float("nan")] + [0.0] * (len(completions) - 1)
+
+    with pytest.raises(ValueError, match="broken"):
+        make_trainer(mixture, tmp_path, rewards=[count_c, broken]).train()
+
+
+def test_implicit_objective_needs_no_reference(folders, tmp_path):
+    model = MixturePolicyModel.from_policies([folders / "a", folders / "b"])
+    trainer = make_trainer(model, tmp_path, rewards=None, objective="implicit", max_steps=2)
+    trainer.train()
+    assert trainer.state.log_history[0]["dual_objective"] <= 0
+
+
+def test_checkpoints_are_small_and_readable(mixture, tmp_path):
+    make_trainer(mixture, tmp_path, max_steps=3).train()
+    checkpoints = sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("checkpoint"))
+    assert checkpoints == ["checkpoint-2", "checkpoint-3"]
+    assert sum(p.stat().st_size for p in (tmp_path / "checkpoint-3").iterdir()) < 200_000
+    config = json.loads((tmp_path / "checkpoint-3" / "config.json").read_text())
+    assert sum(config["mixture_weights"]) == pytest.approx(1)
+    assert os.path.exists(tmp_path / "checkpoint-3" / "optimizer.pt")
