@@ -1,5 +1,6 @@
 """Finding, checking and loading the components of a mixture."""
 
+import copy
 import inspect
 import json
 import os
@@ -8,11 +9,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import torch
+from huggingface_hub import is_offline_mode
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, is_peft_available, logging
 
-from .configuration_mixture import MixtureComponent
+from .configuration_mixture import MixtureComponent, MixturePolicyConfig
+from .hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS, cached_commit, explain_hub_error
 from .vocabulary import common_vocab_size
 
 
@@ -20,8 +24,6 @@ logger = logging.get_logger(__name__)
 
 # What a user may give as a policy.
 Policy = str | os.PathLike | dict | MixtureComponent | PreTrainedModel
-
-SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 
 # What `from_pretrained` of configs, tokenizers and adapters understands; everything else concerns weights only.
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "trust_remote_code")
@@ -57,13 +59,15 @@ def hub_kwargs(load_kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_adapter_config(component: MixtureComponent, **kwargs) -> dict[str, Any] | None:
-    """The `adapter_config.json` of a component's adapter, `None` when there is no such file."""
-    from transformers.utils.peft_utils import find_adapter_config_file
-
+    """The `adapter_config.json` of a component's adapter, `None` when there is no such file, or none can be fetched."""
     kwargs.pop("trust_remote_code", None)
-    path = find_adapter_config_file(
-        component.adapter, revision=component.adapter_revision, subfolder=component.adapter_subfolder or "", **kwargs
-    )
+    location = {"revision": component.adapter_revision, "subfolder": component.adapter_subfolder or ""}
+    lenient = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    try:
+        path = cached_file(component.adapter, ADAPTER_CONFIG, **location, **lenient, **kwargs)
+    except (OSError, ValueError) as err:
+        hint = explain_hub_error(err, component.adapter_revision) or "It is neither a folder nor a repo id. "
+        raise OSError(f"{_describe(component)} cannot be opened. {hint}{err}") from err
     if path is None:
         return None
     with open(path, encoding="utf-8") as file:
@@ -78,6 +82,8 @@ def as_component(policy: str | os.PathLike | dict | MixtureComponent, **kwargs) 
     """
     if not isinstance(policy, str | os.PathLike):
         component = MixtureComponent.from_dict(policy)
+        if component.adapter is None and component.name_or_path is None:
+            raise ValueError(f"A policy needs a `name_or_path` or an `adapter`, got {policy!r}.")
         if component.adapter is not None and component.name_or_path is None:
             component = replace(component, **_recorded_base(component, **kwargs))
         return _absolute(component)
@@ -110,7 +116,9 @@ def _absolute(component: MixtureComponent) -> MixtureComponent:
     return replace(component, **changes)
 
 
-def resolve_relative(component: MixtureComponent, folder: str, revision: str | None = None) -> MixtureComponent:
+def resolve_relative(
+    component: MixtureComponent, folder: str, revision: str | None = None, subfolder: str | None = None
+) -> MixtureComponent:
     """
     Resolves paths that a saved config holds relative to itself.
 
@@ -118,7 +126,10 @@ def resolve_relative(component: MixtureComponent, folder: str, revision: str | N
         component (`MixtureComponent`): as it stands in the config.
         folder (`str`): the folder, or the repo id, that the config was read from.
         revision (`str`, *optional*): the revision of that repo.
+        subfolder (`str`, *optional*): the folder inside `folder` that the config was read from.
     """
+    if os.path.isdir(folder):
+        folder = os.path.join(folder, subfolder or "")
     for name, prefix in (("name_or_path", ""), ("adapter", "adapter_")):
         path = getattr(component, name)
         if path is None or os.path.isabs(path):
@@ -133,10 +144,15 @@ def resolve_relative(component: MixtureComponent, folder: str, revision: str | N
                     f"The mixture in {folder!r} refers to the folder {path!r} beside it, which does not exist."
                 )
         elif explicit:
-            subfolder = os.path.normpath(os.path.join(path, getattr(component, prefix + "subfolder") or ""))
-            if subfolder.startswith(".."):
+            inside = os.path.join(subfolder or "", path, getattr(component, prefix + "subfolder") or "")
+            inside = os.path.normpath(inside)
+            if inside.startswith(".."):
                 raise OSError(f"The mixture in {folder!r} refers to {path!r}, which lies outside its repository.")
-            changes = {name: folder, prefix + "revision": revision, prefix + "subfolder": subfolder}
+            changes = {
+                name: folder,
+                prefix + "revision": revision,
+                prefix + "subfolder": inside.removeprefix(".") or None,
+            }
             component = replace(component, **changes)
     return component
 
@@ -155,6 +171,7 @@ class ComponentLoader:
         self.load_kwargs = load_kwargs
         self.backbones: list[nn.Module] = list(backbones)
         self._by_checkpoint: dict[tuple, int] = {}
+        self._configs: dict[tuple, PreTrainedConfig] = {}
 
     def add(self, model: nn.Module) -> int:
         """Index of a model that is in memory already."""
@@ -171,11 +188,15 @@ class ComponentLoader:
 
     def read_config(self, component: MixtureComponent) -> PreTrainedConfig:
         """Reads the configuration of a component, and so finds out whether it exists before any weights are loaded."""
-        kwargs = hub_kwargs(self.load_kwargs)
-        try:
-            config = AutoConfig.from_pretrained(component.name_or_path, **_location(component), **kwargs)
-        except (OSError, ValueError) as err:
-            raise type(err)(f"The component {_describe(component)} cannot be opened. {err}") from err
+        config = self._configs.get(component.checkpoint)
+        if config is None:
+            kwargs = hub_kwargs(self.load_kwargs)
+            try:
+                config = AutoConfig.from_pretrained(component.name_or_path, **_location(component), **kwargs)
+            except (OSError, ValueError) as err:
+                hint = explain_hub_error(err, component.revision)
+                raise type(err)(f"The component {_describe(component)} cannot be opened. {hint}{err}") from err
+            self._configs[component.checkpoint] = config
         if component.adapter is not None:
             self._check_adapter(component, config)
         return config
@@ -185,7 +206,11 @@ class ComponentLoader:
             raise ImportError(f"The component {_describe(component)} is an adapter; `pip install peft` to load it.")
         adapter_config = find_adapter_config(component, **hub_kwargs(self.load_kwargs))
         if adapter_config is None:
-            raise OSError(f"The adapter of {_describe(component)} cannot be opened: it has no adapter_config.json.")
+            offline = is_offline_mode() and not os.path.isdir(component.adapter)
+            where = " among the files that were downloaded before, and this is offline mode" if offline else ""
+            raise OSError(
+                f"The adapter of {_describe(component)} cannot be opened: it has no adapter_config.json{where}."
+            )
         recorded = adapter_config.get("base_model_name_or_path")
         # a folder can be a copy of anything, two different repo ids are two different models
         if recorded and not any(os.path.isabs(p) or os.path.exists(p) for p in (recorded, component.name_or_path)):
@@ -220,12 +245,23 @@ class ComponentLoader:
             if (value := getattr(component, name)) is not None:
                 kwargs[name] = value
         kwargs.setdefault("use_safetensors", None if component.gguf_file else True)
+        if component.gguf_file and component.checkpoint in self._configs:
+            kwargs["config"] = copy.deepcopy(self._configs[component.checkpoint])  # reading one takes seconds
         try:
             model = AutoModelForCausalLM.from_pretrained(component.name_or_path, **kwargs)
         except (OSError, ValueError) as err:
             raise type(err)(f"The component {_describe(component)} cannot be loaded. {err}") from err
         check_decoder(model, _describe(component))
+        filename = component.gguf_file or "config.json"
+        commit = self._commit_of(component.name_or_path, component.revision, component.subfolder, filename)
+        if commit is not None:
+            model.config._commit_hash = commit
         return model.eval()
+
+    def _commit_of(self, repo_id: str, revision: str | None, subfolder: str | None, filename: str) -> str | None:
+        """The commit that something was just loaded from, which a mixture is pinned to when it is pushed to the Hub."""
+        filename = "/".join(part for part in (subfolder, filename) if part)
+        return cached_commit(repo_id, filename, revision, self.load_kwargs.get("cache_dir"))
 
     def _load_adapter(self, index: int, component: MixtureComponent) -> str:
         from peft import PeftModel
@@ -233,42 +269,52 @@ class ComponentLoader:
         backbone = self.backbones[index]
         adapters = getattr(backbone, "peft_config", {}) if isinstance(backbone, PeftModel) else {}
         name = f"component_{len(adapters)}"
-        kwargs = {k: v for k, v in hub_kwargs(self.load_kwargs).items() if k != "trust_remote_code"}
-        kwargs |= {"revision": component.adapter_revision, "subfolder": component.adapter_subfolder}
-        kwargs = {k: v for k, v in kwargs.items() if v is not None}
-        if self.load_kwargs.get("use_safetensors", True):
-            self._require_safetensors(component)
+        folder = self._fetch_adapter(component)
+        before = [(parameter, _fingerprint(parameter)) for parameter in backbone.parameters()]
         try:
             if isinstance(backbone, PeftModel):
-                backbone.load_adapter(component.adapter, name, **kwargs)
+                backbone.load_adapter(folder, name)
             else:
-                self.backbones[index] = PeftModel.from_pretrained(backbone, component.adapter, name, **kwargs)
-        except (RuntimeError, ValueError) as err:
+                self.backbones[index] = PeftModel.from_pretrained(backbone, folder, name)
+        except (RuntimeError, ValueError, KeyError) as err:
             raise ValueError(
                 f"The adapter {component.adapter!r} does not fit the base {component.name_or_path!r}: {err}"
             ) from err
-        if self.backbones[index].peft_config[name].is_prompt_learning:
+        check_adapter_type(self.backbones[index], name, repr(component.adapter))
+        self.backbones[index].peft_config[name]._commit_hash = self._commit_of(
+            component.adapter, component.adapter_revision, component.adapter_subfolder, ADAPTER_CONFIG
+        )
+        if any(_fingerprint(parameter) != fingerprint for parameter, fingerprint in before):
             raise ValueError(
-                f"The adapter {component.adapter!r} learns a prompt ({self.backbones[index].peft_config[name].peft_type}), "
-                "and cannot be mixed token by token. Adapters that change weights can: LoRA, IA3 and their kin."
+                f"The adapter {component.adapter!r} changes weights of its base when it is loaded, as adapters with biases "
+                "or with an initialisation such as PiSSA do, so that it cannot share the base with other policies. Merge "
+                "it (`merge_and_unload`), save the result, and mix that."
             )
         return name
 
-    def _require_safetensors(self, component: MixtureComponent) -> None:
-        """PEFT falls back to pickled weights without a word; a mixture opens them only when told to."""
-        path = cached_file(
-            component.adapter,
-            SAFETENSORS_WEIGHTS_NAME,
-            revision=component.adapter_revision,
-            subfolder=component.adapter_subfolder or "",
-            _raise_exceptions_for_missing_entries=False,
-            **{k: v for k, v in hub_kwargs(self.load_kwargs).items() if k != "trust_remote_code"},
+    def _fetch_adapter(self, component: MixtureComponent) -> str:
+        """Folder of an adapter, downloaded where needed: in offline mode PEFT finds no subfolder of a repository."""
+        kwargs = {k: v for k, v in hub_kwargs(self.load_kwargs).items() if k != "trust_remote_code"}
+        kwargs |= {"revision": component.adapter_revision, "subfolder": component.adapter_subfolder or ""}
+        if self.load_kwargs.get("use_safetensors", True):
+            require_safetensors(component.adapter, **kwargs)
+        else:
+            missing_ok = {"_raise_exceptions_for_missing_entries": False}
+            if cached_file(component.adapter, ADAPTER_WEIGHTS, **missing_ok, **kwargs) is None:
+                cached_file(component.adapter, "adapter_model.bin", **kwargs)
+        return os.path.dirname(cached_file(component.adapter, ADAPTER_CONFIG, **kwargs))
+
+
+def require_safetensors(adapter: str, revision: str | None = None, subfolder: str | None = None, **kwargs) -> None:
+    """PEFT falls back to pickled weights without a word; adapters are opened from safetensors unless told otherwise."""
+    kwargs.pop("trust_remote_code", None)
+    missing_ok = {"_raise_exceptions_for_missing_entries": False}
+    location = {"revision": revision, "subfolder": subfolder or ""}
+    if cached_file(adapter, ADAPTER_WEIGHTS, **location, **missing_ok, **kwargs) is None:
+        raise OSError(
+            f"The adapter {adapter!r} has no {ADAPTER_WEIGHTS}. If you trust a pickled file from there, pass "
+            "`use_safetensors=False`."
         )
-        if path is None:
-            raise OSError(
-                f"The adapter {component.adapter!r} has no {SAFETENSORS_WEIGHTS_NAME}. If you trust a pickled file from "
-                "there, pass `use_safetensors=False`."
-            )
 
 
 def compare_vocabularies(
@@ -288,11 +334,34 @@ def compare_vocabularies(
     return common_vocab_size(names, sizes, [vocabs.get(component.checkpoint) for component in components], claimed)
 
 
+def check_adapter_type(model: nn.Module, adapter: str, name: str) -> None:
+    """Refuses adapters that are not weights, but tokens that only their own policy sees."""
+    config = model.peft_config[adapter]
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"The adapter {name} learns a prompt ({config.peft_type}), and cannot be mixed token by token. Adapters that "
+            "change weights can: LoRA, IA3 and their kin."
+        )
+
+
+def _fingerprint(parameter: nn.Parameter) -> float:
+    """Changes when a parameter's values do, whichever way they are written. A sample of them, as models are large."""
+    if parameter.is_meta:
+        return 0.0
+    step = max(1, parameter.numel() // 1024)
+    return parameter.detach().reshape(-1)[::step].sum(dtype=torch.float64).item()
+
+
 def check_decoder(model: nn.Module, name: str) -> None:
     """Refuses models that cannot be decoded beside others over a cache of keys and values."""
     parameters = forward_parameters(model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"The component {name} is an encoder-decoder; only causal language models can be mixed.")
+    if model.config.model_type == MixturePolicyConfig.model_type:
+        raise ValueError(f"The component {name} is itself a mixture. Mix its components instead.")
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not base.can_generate():
+        raise ValueError(f"The component {name} ({type(base).__name__}) is not a causal language model.")
     if "past_key_values" not in parameters:
         raise ValueError(
             f"The component {name} ({type(model).__name__}) keeps its state in a cache of its own kind instead of "

@@ -15,6 +15,18 @@ from .compat import layer_types_of
 
 WEIGHT_SUM_TOLERANCE = 1e-4
 
+# What a mixture presents itself with, computed from its components.
+COMPUTED_FIELDS = (
+    "num_hidden_layers",
+    "layer_types",
+    "per_layer_config",
+    "hidden_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "labels",
+    "decoder_configs",
+)
+
 
 def check_mixture_weights(
     weights: Sequence[float] | torch.Tensor, num_components: int, allow_off_simplex: bool = False
@@ -35,11 +47,12 @@ def check_mixture_weights(
         `torch.Tensor`: the weights in float64, on the CPU.
 
     Raises:
-        `ValueError`: when there are not K of them, one is not finite, or they are off the simplex by more than 1e-4.
+        `ValueError`: when there are not K of them, one is not finite, all are zero, or they are off the simplex by more
+        than 1e-4.
     """
     try:
-        checked = torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as err:
+        checked = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as err:
         raise ValueError(f"Mixture weights must be numbers, one a component, got {weights!r}.") from err
     if checked.ndim not in (1, 2) or checked.shape[-1] != num_components:
         raise ValueError(
@@ -48,6 +61,8 @@ def check_mixture_weights(
         )
     if not torch.isfinite(checked).all():
         raise ValueError(f"Mixture weights must be finite, got {checked.tolist()}.")
+    if (checked == 0).all(-1).any():
+        raise ValueError(f"Mixture weights must not all be zero, got {checked.tolist()}.")
     if allow_off_simplex:
         return checked
     sums = checked.sum(-1, keepdim=True)
@@ -147,6 +162,19 @@ class MixtureComponent:
         return self.adapter or self.name_or_path or "a model in memory"
 
 
+class _ComponentSubConfigs:
+    """
+    `sub_configs` of a config whose parts are known for an instance only: `component_k`, and none for the class.
+
+    Components that share a model share its config, and are one part under the name of the first of them.
+    """
+
+    def __get__(self, config: "MixturePolicyConfig | None", owner: type | None = None) -> dict[str, type]:
+        parts = [] if config is None else config.__dict__.get("component_configs", [])
+        first = {id(part): k for k, part in reversed(list(enumerate(parts)))}
+        return {f"component_{k}": type(parts[k]) for k in sorted(first.values())}
+
+
 class MixturePolicyConfig(PreTrainedConfig):
     r"""
     Configuration of a [`MixturePolicyModel`]: a log-linear mixture \\(\pi(y|x) \propto \prod_k \pi_k(y|x)^{\lambda_k}\\)
@@ -169,6 +197,9 @@ class MixturePolicyConfig(PreTrainedConfig):
             Number of token ids that all components have in common. Defaults to the smallest vocabulary.
         allow_off_simplex (`bool`, *optional*, defaults to `False`):
             Whether weights may be negative or sum to something other than 1.
+        plausibility (`float`, *optional*, defaults to 0.0):
+            Rules out tokens to which the first component gives less than this fraction of the probability of its most
+            likely token; see [`MixturePolicyModel.from_contrast`]. 0 rules out none.
         kwargs:
             Passed on to [`~transformers.PreTrainedConfig`].
 
@@ -195,6 +226,7 @@ class MixturePolicyConfig(PreTrainedConfig):
 
     model_type = "mpo_mixture"
     keys_to_ignore_at_inference = ["past_key_values"]
+    sub_configs = _ComponentSubConfigs()
 
     def __init__(
         self,
@@ -204,6 +236,7 @@ class MixturePolicyConfig(PreTrainedConfig):
         component_configs: list[PreTrainedConfig | dict] | None = None,
         vocab_size: int | None = None,
         allow_off_simplex: bool = False,
+        plausibility: float = 0.0,
         **kwargs,
     ):
         if component_configs is not None and not isinstance(component_configs, list | tuple):
@@ -219,20 +252,49 @@ class MixturePolicyConfig(PreTrainedConfig):
                 f"Got {len(self.component_configs)} `component_configs` for {len(self.components)} `components`."
             )
         self.reference = None if reference is None else MixtureComponent.from_dict(reference)
+        if self.reference is not None and self.reference.name_or_path is None:
+            raise ValueError(f"The reference must say where it lives (`name_or_path`), got {reference!r}.")
         if not isinstance(allow_off_simplex, bool):
             raise ValueError(f"`allow_off_simplex` must be true or false, got {allow_off_simplex!r}.")
         self.allow_off_simplex = allow_off_simplex
+        self.plausibility = plausibility
         self.mixture_weights = mixture_weights
-        if vocab_size is not None and (not isinstance(vocab_size, int) or vocab_size < 1):
+        smallest = min((config.vocab_size for config in self.decoder_configs), default=None)
+        if vocab_size is None:
+            vocab_size = smallest
+        elif type(vocab_size) is not int or vocab_size < 1:
             raise ValueError(f"`vocab_size` must be a positive integer, got {vocab_size!r}.")
+        elif smallest is not None and vocab_size > smallest:
+            raise ValueError(f"`vocab_size={vocab_size}` is more than the {smallest} token ids of a component.")
         self.vocab_size = vocab_size
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, self._first_of(name))
         kwargs.setdefault("tie_word_embeddings", False)
         self.use_cache = kwargs.pop("use_cache", True)
+        if given := [name for name in COMPUTED_FIELDS if kwargs.pop(name, None) is not None]:
+            raise ValueError(f"{given} of a mixture follow from its components, and cannot be set.")
+        for name in ("attn_implementation", "experts_implementation"):
+            # None would be handed down to components that have one; an empty mapping leaves them theirs
+            kwargs[name] = {} if kwargs.get(name) is None else kwargs[name]
         super().__init__(**kwargs)
-        if self.vocab_size is None and self.component_configs:
-            self.vocab_size = min(config.vocab_size for config in self.decoder_configs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "MixturePolicyConfig":
+        # stock loading assigns overrides one by one, and would check weights before it knows what they may be
+        names = ("mixture_weights", "allow_off_simplex")
+        overrides = {name: value for name in names if (value := kwargs.pop(name, None)) is not None}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    @property
+    def plausibility(self) -> float:
+        """Fraction of its most likely token's probability below which the first component rules a token out."""
+        return self._plausibility
+
+    @plausibility.setter
+    def plausibility(self, value: float) -> None:
+        if not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ValueError(f"`plausibility` must be a number from 0 up to, but not including, 1, got {value!r}.")
+        self._plausibility = float(value)
 
     @property
     def mixture_weights(self) -> list[float]:
@@ -249,6 +311,13 @@ class MixturePolicyConfig(PreTrainedConfig):
         if checked.ndim != 1:
             raise ValueError(f"A config holds one weight a component, got {weights!r}.")
         self._mixture_weights = checked.tolist()
+
+    def __getattr__(self, name: str) -> PreTrainedConfig:
+        prefix, _, k = name.partition("_")
+        parts = self.__dict__.get("component_configs", [])
+        if prefix == "component" and k.isdecimal() and int(k) < len(parts):
+            return parts[int(k)]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _first_of(self, name: str) -> Any:
         return next((v for c in self.decoder_configs if (v := getattr(c, name, None)) is not None), None)
@@ -267,8 +336,7 @@ class MixturePolicyConfig(PreTrainedConfig):
         """The part of each component's configuration that describes its text decoder."""
         return [config.get_text_config(decoder=True) for config in self.component_configs]
 
-    # The fields below describe the decoder that the mixture presents itself as. Setters exist because loading code
-    # writes back whatever it finds in a config file; what is computed stays computed.
+    # The fields below describe the decoder that the mixture presents itself as; see `COMPUTED_FIELDS`.
 
     @property
     def num_hidden_layers(self) -> int:
@@ -297,13 +365,20 @@ class MixturePolicyConfig(PreTrainedConfig):
 
     @property
     def max_position_embeddings(self) -> int | None:
-        """The shortest context of the components that state one."""
+        """The shortest context of the components that state one. Assigning sets it for all of these."""
         lengths = [getattr(config, "max_position_embeddings", None) for config in self.decoder_configs]
         return min((length for length in lengths if length is not None and math.isfinite(length)), default=None)
+
+    @max_position_embeddings.setter
+    def max_position_embeddings(self, length: int) -> None:
+        for config in self.decoder_configs:
+            if getattr(config, "max_position_embeddings", None) is not None:
+                config.max_position_embeddings = length
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output["mixture_weights"] = output.pop("_mixture_weights")
+        output["plausibility"] = output.pop("_plausibility")
         output["components"] = [component.to_dict() for component in self.components]
         output["reference"] = self.reference.to_dict() if self.reference is not None else None
         output["component_configs"] = [_slim_dict(config) for config in self.component_configs]
@@ -311,12 +386,22 @@ class MixturePolicyConfig(PreTrainedConfig):
 
 
 def _to_config(config: PreTrainedConfig | dict) -> PreTrainedConfig:
-    if isinstance(config, PreTrainedConfig):
-        return config
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ValueError(f"Every entry of `component_configs` needs a `model_type`, got {config!r}.")
-    config = copy.deepcopy(config)
-    return AutoConfig.for_model(config.pop("model_type"), **config)
+    given = config
+    if not isinstance(config, PreTrainedConfig):
+        if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+            raise ValueError(f"Every entry of `component_configs` needs a `model_type`, got {config!r}.")
+        config = copy.deepcopy(config)
+        try:
+            config = AutoConfig.for_model(config.pop("model_type"), **config)
+        except Exception as err:  # each architecture validates its fields in its own way
+            raise ValueError(f"The entry {given!r} of `component_configs` makes no sense: {err}") from err
+    decoder = config.get_text_config(decoder=True)
+    for name in ("vocab_size", "num_hidden_layers"):
+        if not isinstance(value := getattr(decoder, name, None), int) or value < 1:
+            raise ValueError(
+                f"The entry {given!r} of `component_configs` does not describe a language model: `{name}` is {value!r}."
+            )
+    return config
 
 
 def _slim_dict(config: PreTrainedConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from .component_loading import (
     Policy,
     PolicyHandle,
     as_component,
+    check_adapter_type,
     check_decoder,
     compare_vocabularies,
     hub_kwargs,
@@ -84,15 +85,21 @@ def read_mixture_config(
         names = ("mixture_weights", "allow_off_simplex")
         overrides = {name: kwargs.pop(name) for name in names if name in kwargs}
         location = {name: kwargs[name] for name in ("revision", "subfolder") if name in kwargs}
-        config = MixturePolicyConfig.from_pretrained(config or folder, **location, **hub_kwargs(kwargs), **overrides)
-    if config.model_type != MixturePolicyConfig.model_type:
-        raise ValueError(
-            f"{folder!r} holds a model of type {config.model_type!r}, not a mixture. Open it with AutoModelForCausalLM, or "
-            "mix it with others by `MixturePolicyModel.from_policies`."
-        )
+        fields, _ = MixturePolicyConfig.get_config_dict(config or folder, **location, **hub_kwargs(kwargs))
+        _check_model_type(folder, fields.get("model_type"))
+        config = MixturePolicyConfig.from_dict(fields, **overrides)
+    _check_model_type(folder, config.model_type)
     if not config.components:
         raise ValueError(f"The config of {folder!r} lists no components.")
     return config
+
+
+def _check_model_type(folder: str, model_type: str | None) -> None:
+    if model_type != MixturePolicyConfig.model_type:
+        raise ValueError(
+            f"{folder!r} holds a model of type {model_type!r}, not a mixture. Open it with AutoModelForCausalLM, or mix it "
+            "with others by `MixturePolicyModel.from_policies`."
+        )
 
 
 def open_mixture(cls, folder: str, config: MixturePolicyConfig, kwargs: dict[str, Any]):
@@ -101,18 +108,20 @@ def open_mixture(cls, folder: str, config: MixturePolicyConfig, kwargs: dict[str
     generation_config = kwargs.pop("generation_config", None)
     if generation_config is None:
         generation_config = _read_generation_config(folder, revision, subfolder, kwargs)
-    base = os.path.join(folder, subfolder or "") if os.path.isdir(folder) else folder
+    for name in ("attn_implementation", "experts_implementation"):  # the Auto classes leave them in the config
+        if (value := getattr(config, f"_{name}")) is not None:
+            kwargs.setdefault(name, value)
     loader = ComponentLoader(_component_kwargs(kwargs))
     entries = []
     for label, component in zip(config.labels, config.components):
         if component.name_or_path is None:
             raise ValueError(f"The component {label!r} of {folder!r} does not say where it lives (`name_or_path`).")
-        component = resolve_relative(component, base, revision)
-        entries.append(_Entry(component, loader.read_config(component)))
+        component = resolve_relative(component, folder, revision, subfolder)
+        entries.append(_Entry(component, _read_policy_config(loader, component)))
     config = copy.deepcopy(config)
     config.components = [entry.component for entry in entries]
     if config.reference is not None:
-        config.reference = resolve_relative(config.reference, base, revision)
+        config.reference = resolve_relative(config.reference, folder, revision, subfolder)
     config.vocab_size = _check_vocabulary(loader, entries, None, config.vocab_size)
     model = _assemble(cls, config, entries, loader, None)
     if generation_config is not None:
@@ -125,7 +134,8 @@ def _component_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments for the components: what the Auto classes add for the mixture itself stays with the mixture."""
     own = ("trust_remote_code", "code_revision", "adapter_kwargs", "_from_auto", "_commit_hash", "_from_pipeline")
     passed_on = {name: value for name, value in kwargs.items() if name not in own}
-    return {**passed_on, **passed_on.pop("component_kwargs", {})}
+    for_components = passed_on.pop("component_kwargs", {})
+    return {**passed_on, **for_components}
 
 
 def _expand(cls, policy: Policy, loader: ComponentLoader) -> list[_Entry]:
@@ -136,14 +146,26 @@ def _expand(cls, policy: Policy, loader: ComponentLoader) -> list[_Entry]:
     config = loader.read_config(component)
     if config.model_type != MixturePolicyConfig.model_type:
         return [_Entry(component, config)]
+    if component.adapter is not None:
+        raise ValueError(
+            f"The adapter {component.adapter!r} lies over the mixture {component.name_or_path!r}, not a model."
+        )
     if any(inner.name_or_path is None for inner in config.components):
         location = {"revision": component.revision, "subfolder": component.subfolder or ""}
         return _expand_module(cls.from_pretrained(component.name_or_path, **location, **loader.load_kwargs), loader)
-    folder = component.name_or_path
-    if os.path.isdir(folder):
-        folder = os.path.join(folder, component.subfolder or "")
-    inner = [resolve_relative(c, folder, component.revision) for c in config.components]
-    return [_Entry(c, loader.read_config(c), weight) for c, weight in zip(inner, config.mixture_weights)]
+    location = (component.name_or_path, component.revision, component.subfolder)
+    inner = [resolve_relative(c, *location) for c in config.components]
+    return [_Entry(c, _read_policy_config(loader, c), weight) for c, weight in zip(inner, config.mixture_weights)]
+
+
+def _read_policy_config(loader: ComponentLoader, component: MixtureComponent) -> PreTrainedConfig:
+    config = loader.read_config(component)
+    if config.model_type == MixturePolicyConfig.model_type:
+        raise ValueError(
+            f"A component of a saved mixture is a mixture again: {component.source!r}. Mixing it by "
+            "`MixturePolicyModel.from_policies` makes one mixture of all their components."
+        )
+    return config
 
 
 def _expand_module(model: nn.Module, loader: ComponentLoader) -> list[_Entry]:
@@ -159,6 +181,8 @@ def _expand_module(model: nn.Module, loader: ComponentLoader) -> list[_Entry]:
         ]
     check_decoder(model, type(model).__name__)
     adapter = model.active_adapter if hasattr(model, "get_base_model") else None
+    if adapter is not None:
+        check_adapter_type(model, adapter, f"{adapter!r} in memory")
     return [_Entry(MixtureComponent(), model.config, handle=PolicyHandle(loader.add(model), adapter))]
 
 
@@ -197,6 +221,9 @@ def _assemble(
     # the config as loaded knows more than the one on file, such as the dtype and the attention implementation
     config.component_configs = [loader.backbones[handle.backbone].config for handle in handles]
     config.dtype = loader.backbones[handles[0].backbone].dtype
+    attention = {component._attn_implementation for component in config.component_configs}
+    if len(attention) == 1:
+        config._attn_implementation = {"": attention.pop()}  # its own: those of components, and of their parts, stay
     model = cls(config, loader.backbones, handles, reference, loader.load_kwargs)
     first = loader.backbones[handles[0].backbone]
     model.generation_config = copy.deepcopy(first.generation_config)

@@ -52,27 +52,27 @@ def bind_cache(cache: Cache, active: Sequence[int], layer_counts: Sequence[int])
         `ValueError`: when the cache belongs to another model, or lacks a component that now has weight.
     """
     bound = getattr(cache, "mixture_components", None)
-    if bound is not None:
-        if missing := sorted(set(active) - set(bound)):
-            raise ValueError(
-                f"This cache holds keys and values of the components {list(bound)} only, but the weights of this call "
-                f"also run {missing}. Start from a new cache, or give these components a weight from the first call."
-            )
-        return bound
-    counts = [layer_counts[k] for k in active]
-    if cache.layer_class_to_replicate is not None:
-        while len(cache.layers) < sum(counts):
-            cache.layers.append(cache.layer_class_to_replicate())
-    elif len(cache.layers) == sum(layer_counts):
-        starts = [sum(layer_counts[:k]) for k in active]
-        cache.layers = [layer for s, n in zip(starts, counts) for layer in cache.layers[s : s + n]]
-    if len(cache.layers) != sum(counts):
+    if bound is None:
+        bound = tuple(active)
+        if len(cache.layers) == sum(layer_counts):
+            starts = [sum(layer_counts[:k]) for k in bound]
+            cache.layers = [
+                layer for k, start in zip(bound, starts) for layer in cache.layers[start : start + layer_counts[k]]
+            ]
+        elif cache.layer_class_to_replicate is not None and not cache.layers:
+            cache.layers = [cache.layer_class_to_replicate() for k in bound for _ in range(layer_counts[k])]
+    elif missing := sorted(set(active) - set(bound)):
+        raise ValueError(
+            f"This cache holds keys and values of the components {list(bound)} only, but the weights of this call also "
+            f"run {missing}. Start from a new cache, or give these components a weight from the first call."
+        )
+    if len(cache.layers) != sum(count for k, count in enumerate(layer_counts) if k in bound):
         raise ValueError(
             f"The cache has {len(cache.layers)} layers, but the components of this mixture have {list(layer_counts)}. "
             "Build it from the mixture's own config, such as `DynamicCache(config=model.config)`."
         )
-    cache.mixture_components = tuple(active)
-    return cache.mixture_components
+    cache.mixture_components = bound
+    return bound
 
 
 def component_views(

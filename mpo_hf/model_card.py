@@ -23,8 +23,7 @@ TEMPLATE = """---
 # {{ name }}
 
 A log-linear mixture of {{ count }} policies, $\\pi(y|x) \\propto \\prod_k \\pi_k(y|x)^{\\lambda_k}$, made with
-[mpo_hf](https://arxiv.org/abs/2502.18699). This repository holds a configuration and no weights: the components are
-loaded from where they live.
+[mpo_hf](https://arxiv.org/abs/2502.18699). {{ holds }}
 
 {{ table }}
 
@@ -78,10 +77,22 @@ def create_model_card(
         template_str=TEMPLATE,
         name=name,
         count=len(config.components),
+        holds=_holds(config),
         table=_component_table(config),
         fit=_fit_section(config, rewards, plot),
         citation=CITATION,
     )
+
+
+def _holds(config: MixturePolicyConfig) -> str:
+    if all(component.name_or_path is None for component in config.components):
+        return "This repository holds the components whole."
+    if any((component.adapter or "").startswith("./") for component in config.components):
+        return (
+            "This repository holds a configuration and adapters: what they lie over, and other components, are loaded\n"
+            "from where they live."
+        )
+    return "This repository holds a configuration and no weights: the components are\nloaded from where they live."
 
 
 def _is_repo(path: str | None) -> bool:

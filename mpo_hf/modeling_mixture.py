@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -14,15 +15,17 @@ from transformers.utils import logging
 
 from .component_loading import ComponentLoader, Policy, PolicyHandle, forward_parameters
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig, check_mixture_weights
+from .hub import PUSH_ARGUMENTS, push_mixture
 from .mixture_building import build_mixture, open_mixture, read_mixture_config
 from .mixture_cache import bind_cache, component_views
-from .pooling import log_linear_pool
+from .pooling import log_linear_pool, rule_out_implausible
+from .presets import PresetMixin
 
 
 logger = logging.get_logger(__name__)
 
 
-class MixturePolicyModel(PreTrainedModel, GenerationMixin):
+class MixturePolicyModel(PresetMixin, PreTrainedModel, GenerationMixin):
     r"""
     A log-linear mixture of causal language models, \\(\pi(v|s) \propto \prod_k \pi_k(v|s)^{\lambda_k}\\) at every step: the
     decoding rule of [Mixing Preference Optimization](https://huggingface.co/papers/2502.18699).
@@ -74,6 +77,7 @@ class MixturePolicyModel(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
     def __init__(
         self,
@@ -85,6 +89,7 @@ class MixturePolicyModel(PreTrainedModel, GenerationMixin):
     ):
         super().__init__(config)
         self.loss_type = "ForCausalLM"
+        self._built_from_config = backbones is None
         if backbones is None:
             backbones = [AutoModelForCausalLM.from_config(c) for c in config.component_configs]
         if not backbones:
@@ -110,8 +115,11 @@ class MixturePolicyModel(PreTrainedModel, GenerationMixin):
         return [getattr(self, f"backbone_{i}") for i in range(self._num_backbones)]
 
     def init_weights(self):
-        # components come initialised, or are loaded by the machinery that called us
-        self.tie_weights(recompute_mapping=False)
+        if self._built_from_config:
+            super().init_weights()
+        else:
+            # models in memory come initialised and tied; PEFT's wrapper passes on tied names without its own prefix
+            self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
 
     # ---- weights and policies ----
 
@@ -176,7 +184,7 @@ class MixturePolicyModel(PreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mixture_weights: torch.Tensor | Sequence[float] | None = None,
         return_dict: bool | None = None,
@@ -198,8 +206,8 @@ class MixturePolicyModel(PreTrainedModel, GenerationMixin):
                 Whether to return `past_key_values`.
             output_attentions (`bool`, *optional*):
                 Whether to return the attentions of the components that run, one component's layers after another's.
-            output_hidden_states (`bool`, *optional*):
-                Whether to return the hidden states of the components that run, one after another.
+            output_hidden_states (`bool` or `list[int]`, *optional*):
+                Whether to return the hidden states of the components that run, one after another, or which of them.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 How many last positions to compute logits for, or which; 0 for all.
             mixture_weights (`torch.Tensor` of shape `(K,)` or `(batch_size, K)`, *optional*):
@@ -215,8 +223,11 @@ class MixturePolicyModel(PreTrainedModel, GenerationMixin):
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache
         return_dict = config.return_dict if return_dict is None else return_dict
-        weights = self._weights_for(mixture_weights, len(input_ids))
-        active = torch.nonzero(weights.abs().reshape(-1, weights.shape[-1]).sum(0)).flatten().tolist()
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states or False
+        weights, active = self._weights_for(mixture_weights, len(input_ids))
         views: dict[int, Cache | None] = {}
         if use_cache or past_key_values is not None:
             if past_key_values is None:
@@ -224,24 +235,22 @@ class MixturePolicyModel(PreTrainedModel, GenerationMixin):
             counts = [decoder.num_hidden_layers for decoder in config.decoder_configs]
             active = bind_cache(past_key_values, active, counts)
             views = component_views(past_key_values, active, counts)
-        loss_kwargs = {n: kwargs.pop(n) for n in ("num_items_in_batch",) if n in kwargs}
+        loss_kwargs = {n: kwargs.pop(n) for n in ("num_items_in_batch", "shift_labels") if n in kwargs}
         inputs = {
             "input_ids": self._ids_for_all(input_ids, attention_mask),
             "attention_mask": attention_mask,
             "position_ids": _positions(position_ids, attention_mask, input_ids.shape[1]),
             "use_cache": bool(views) and use_cache,
-            "output_attentions": config.output_attentions if output_attentions is None else output_attentions,
-            "output_hidden_states": config.output_hidden_states
-            if output_hidden_states is None
-            else output_hidden_states,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states is not False,
             "logits_to_keep": logits_to_keep,
             **kwargs,
         }
         extras: dict[str, list] = {"hidden_states": [], "attentions": []}
-        logits = log_linear_pool(
-            (self._run_policy(k, {**inputs, "past_key_values": views.get(k)}, extras) for k in active),
-            weights[..., list(active)],
-        )
+        component_logits = (self._run_policy(k, {**inputs, "past_key_values": views.get(k)}, extras) for k in active)
+        if config.plausibility:
+            component_logits = rule_out_implausible(component_logits, config.plausibility)
+        logits = log_linear_pool(component_logits, weights[..., list(active)])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs)
@@ -249,20 +258,28 @@ class MixturePolicyModel(PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(extras["hidden_states"]) or None,
+            hidden_states=_keep_layers(extras["hidden_states"], output_hidden_states) or None,
             attentions=tuple(extras["attentions"]) or None,
         )
         return output if return_dict else output.to_tuple()
 
-    def _weights_for(self, mixture_weights: torch.Tensor | Sequence[float] | None, batch_size: int) -> torch.Tensor:
-        """Checked weights of one call, on the CPU: which components run must be known without waiting for a device."""
+    def _weights_for(
+        self, mixture_weights: torch.Tensor | Sequence[float] | None, batch_size: int
+    ) -> tuple[torch.Tensor, list[int]]:
+        """
+        Checked weights of one call, and the components that have weight. Both on the CPU: which components run must be
+        known without waiting for a device, and for the model's own weights without looking into a tensor.
+        """
         config = self.config
         if mixture_weights is None:
-            return torch.tensor(config.mixture_weights, dtype=torch.float64)
+            own = config.mixture_weights
+            return torch.tensor(own, dtype=torch.float64, device="cpu"), [k for k, w in enumerate(own) if w != 0]
         weights = check_mixture_weights(mixture_weights, len(self.policies), config.allow_off_simplex)
+        if config.plausibility and (weights[..., 0] <= 0).any():
+            raise ValueError(f"`plausibility` is judged by the first component, whose weight is {weights[..., 0]}.")
         if weights.ndim == 2 and len(weights) != batch_size:
             raise ValueError(f"Got mixture weights for {len(weights)} rows, but the batch has {batch_size}.")
-        return weights
+        return weights, (weights != 0).reshape(-1, weights.shape[-1]).any(0).nonzero().flatten().tolist()
 
     def _ids_for_all(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
         """Replaces padding ids that some component has no embedding for; other ids of that kind are an error."""
@@ -296,13 +313,37 @@ class MixturePolicyModel(PreTrainedModel, GenerationMixin):
             collected.extend(getattr(output, name, None) or ())
         logits = output.logits
         if "logits_to_keep" not in accepted:
-            logits = logits[:, slice(-keep, None) if isinstance(keep, int) and keep else keep or slice(None)]
+            logits = logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
         return logits[..., : self.config.vocab_size]
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
-        # every component builds the masks of its own layers from the 2D mask
-        return attention_mask
+    def create_masks_for_generate(
+        attention_mask: torch.Tensor | None, past_key_values: Cache, **kwargs
+    ) -> torch.Tensor | None:
+        # Every component builds the masks of its own layers from the 2D mask. That has the length of the cache from the
+        # start, for compiled code to find the same shape at every step; what has not come yet is masked by causality.
+        if attention_mask is None:
+            return None
+        to_come = past_key_values.get_max_length() - attention_mask.shape[1]
+        return nn.functional.pad(attention_mask, (0, max(to_come, 0)), value=1)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, is_first_iteration: bool | None = False, **kwargs
+    ) -> dict[str, Any]:
+        # no `inputs_embeds` among the arguments: a mixture has no one table of embeddings
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if is_first_iteration:
+            inputs["input_ids"] = self._ids_for_all(inputs["input_ids"], kwargs.get("attention_mask"))
+        else:
+            # rows that have ended go on with padding under mask 1, be it an id that not all components have
+            foreign = inputs["input_ids"] >= self.config.vocab_size
+            inputs["input_ids"] = inputs["input_ids"].masked_fill(foreign, 0)
+        return inputs
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
+        # the weights of a call are the target's; an assistant has its own, or none
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name != "mixture_weights"}
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, mixture_weights=None, **kwargs):
         input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
@@ -316,6 +357,9 @@ class MixturePolicyModel(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbones[self.policies[0].backbone].get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbones[self.policies[0].backbone].set_input_embeddings(value)
 
     def get_output_embeddings(self) -> None:
         return None
@@ -381,10 +425,14 @@ class MixturePolicyModel(PreTrainedModel, GenerationMixin):
         ... )  # doctest: +SKIP
         ```
         """
-        return build_mixture(cls, policies, weights, reference, labels, vocab_size, allow_off_simplex, kwargs)
+        attention = _take_attention_by_component(kwargs)
+        model = build_mixture(cls, policies, weights, reference, labels, vocab_size, allow_off_simplex, kwargs)
+        if attention:
+            model.set_attn_implementation(attention)
+        return model
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs):
         r"""
         Opens a saved mixture: reads its config, then loads every component from where it lives.
 
@@ -399,12 +447,17 @@ class MixturePolicyModel(PreTrainedModel, GenerationMixin):
         Returns:
             [`MixturePolicyModel`], in evaluation mode.
         """
+        if pretrained_model_name_or_path is None:  # weights come as a `state_dict`
+            return super().from_pretrained(None, *model_args, **kwargs)
         folder = os.fspath(pretrained_model_name_or_path)
         config = read_mixture_config(folder, kwargs.pop("config", None), kwargs)
         if all(component.name_or_path is None for component in config.components):
             return super().from_pretrained(folder, *model_args, config=config, **kwargs)
         output_loading_info = kwargs.pop("output_loading_info", False)
+        attention = _take_attention_by_component(kwargs)
         model = open_mixture(cls, folder, config, kwargs)
+        if attention:
+            model.set_attn_implementation(attention)
         if output_loading_info:
             return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return model
@@ -416,11 +469,14 @@ class MixturePolicyModel(PreTrainedModel, GenerationMixin):
 
         Args:
             save_directory (`str` or `os.PathLike`): folder to save to; it is created where needed.
-            kwargs: see [`~transformers.PreTrainedModel.save_pretrained`].
+            kwargs: see [`~transformers.PreTrainedModel.save_pretrained`]. With `push_to_hub=True`, arguments of
+                [`~MixturePolicyModel.push_to_hub`] too; `repo_id` defaults to the name of the folder.
 
         Raises:
             `ValueError`: when some components live in memory only and others do not.
         """
+        push_kwargs = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
+        push = kwargs.pop("push_to_hub", False) and kwargs.get("is_main_process", True)
         in_memory = [label for label, c in zip(self.config.labels, self.config.components) if c.name_or_path is None]
         if len(in_memory) == len(self.policies):
             self._save_whole(save_directory, **kwargs)
@@ -432,6 +488,77 @@ class MixturePolicyModel(PreTrainedModel, GenerationMixin):
         else:
             # an empty state dict: stock saving writes the configs, and no weights
             super().save_pretrained(save_directory, **{**kwargs, "state_dict": {}})
+        if push:
+            push_kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            shared = {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
+            self.push_to_hub(**push_kwargs, **shared)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | str | None = None,
+        pin_revisions: bool = True,
+        upload_adapters: bool = False,
+    ) -> CommitInfo:
+        """
+        Uploads the mixture to the Hub, in one commit: its config with every component pinned to the commit that it was
+        loaded from, its generation config, and a model card where the repo has none. A mixture whose components were all
+        given in memory is uploaded whole.
+
+        Args:
+            repo_id (`str`):
+                The repo to push to; it is created where needed.
+            commit_message (`str`, *optional*, defaults to `"Upload mixture"`):
+                Message of the commit.
+            commit_description (`str`, *optional*):
+                Description of the commit.
+            private (`bool`, *optional*):
+                Whether to make the repo private when it is created.
+            token (`bool` or `str`, *optional*):
+                Token to write to the repo with. Defaults to the one stored by `hf auth login`.
+            revision (`str`, *optional*):
+                Branch to push to; it is created where needed.
+            create_pr (`bool`, *optional*, defaults to `False`):
+                Whether to open a pull request instead of committing.
+            max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`):
+                Largest file of weights, where there are any.
+            tags (`list[str]`, *optional*):
+                Further tags for the model card.
+            pin_revisions (`bool`, *optional*, defaults to `True`):
+                Whether to pin components to commits. Unpinned ones are whatever their repos hold when they are loaded.
+            upload_adapters (`bool`, *optional*, defaults to `False`):
+                Whether to upload adapters that live in folders into `adapters/` of the repo. Their bases must be on the
+                Hub.
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`]
+
+        Raises:
+            `ValueError`: for components that live in folders of this machine.
+            `OSError`: for components that are not found on the Hub when they are to be pinned.
+        """
+        return push_mixture(
+            self,
+            repo_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            max_shard_size=max_shard_size,
+            tags=tags,
+            pin=pin_revisions,
+            upload_adapters=upload_adapters,
+        )
 
     def _save_whole(self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs) -> None:
         used = [handle.backbone for handle in self.policies]
@@ -440,11 +567,31 @@ class MixturePolicyModel(PreTrainedModel, GenerationMixin):
                 "Components that share one model in memory cannot be written into one checkpoint. Save the adapters or "
                 "models, and mix them by their folders or repo ids."
             )
+        if len(dtypes := {backbone.dtype for backbone in self.backbones[: len(used)]}) > 1:
+            raise ValueError(
+                f"A checkpoint is loaded in one dtype, but the components have {sorted(map(str, dtypes))}. Convert the "
+                "mixture (`model.to(torch.bfloat16)`), or save the models and mix them by their folders or repo ids."
+            )
         if state_dict is None and self._num_backbones > len(used):
             logger.warning("The reference policy was given in memory and is not part of the saved mixture.")
             names = tuple(f"backbone_{k}." for k in used)
             state_dict = {key: value for key, value in self.state_dict().items() if key.startswith(names)}
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
+
+def _take_attention_by_component(kwargs: dict[str, Any]) -> dict[str, str]:
+    """Takes an `attn_implementation` for `component_k` out of arguments that are meant for all components alike."""
+    by_component = isinstance(kwargs.get("attn_implementation"), dict)
+    return kwargs.pop("attn_implementation") if by_component else {}
+
+
+def _keep_layers(hidden_states: list[torch.Tensor], wanted: bool | int | list[int]) -> tuple[torch.Tensor | None, ...]:
+    """All hidden states, or those at the indices `wanted` with `None` in place of the others."""
+    if isinstance(wanted, bool):
+        return tuple(hidden_states)
+    count = len(hidden_states)
+    kept = {i % count for i in ([wanted] if isinstance(wanted, int) else wanted) if -count <= i < count}
+    return tuple(state if i in kept else None for i, state in enumerate(hidden_states))
 
 
 def _positions(

@@ -80,7 +80,7 @@ def implicit_dual_objective(
 def on_policy_objective(
     weights: torch.Tensor,
     advantages: torch.Tensor,
-    policy_logps: torch.Tensor,
+    pooled_logps: torch.Tensor,
     proposal_logps: torch.Tensor,
     reference_logps: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,7 +98,7 @@ def on_policy_objective(
     Args:
         weights (`torch.Tensor`): mixture weights λ, shape `(K,)`.
         advantages (`torch.Tensor`): \\(a_{jk}\\), shape `(P, m, K)`.
-        policy_logps (`torch.Tensor`): \\(\log \pi_k(y_j)\\), shape `(P, m, K)`.
+        pooled_logps (`torch.Tensor`): \\(\sum_k \lambda_k \log \pi_k(y_j)\\) at these weights, shape `(P, m)`.
         proposal_logps (`torch.Tensor`): \\(\log q(y_j)\\), shape `(P, m)`.
         reference_logps (`torch.Tensor`): \\(\log \pi_{ref}(y_j)\\), shape `(P, m)`.
 
@@ -107,7 +107,6 @@ def on_policy_objective(
         importance weights, shape `(P, m)`.
     """
     with torch.no_grad():
-        pooled_logps = policy_logps @ weights
         log_weights = pooled_logps - proposal_logps
         sample_weights = torch.softmax(log_weights, dim=-1)
         kl = (sample_weights * (pooled_logps - reference_logps)).sum(-1) - _log_mean_exp(log_weights)

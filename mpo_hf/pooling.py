@@ -1,6 +1,7 @@
 """Log-linear pooling of next-token distributions: the pure tensor maths of a mixture of policies."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -37,7 +38,7 @@ def log_linear_pool(logits: Iterable[torch.Tensor], weights: torch.Tensor) -> to
 
     >>> calm, keen = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.1, 0.1, 0.8]]).log()
     >>> log_linear_pool([calm, keen], torch.tensor([0.5, 0.5])).softmax(-1)
-    tensor([[0.2764, 0.2141, 0.4945]])
+    tensor([[0.2806, 0.2174, 0.5020]])
     ```
     """
     pooled = None
@@ -50,6 +51,28 @@ def log_linear_pool(logits: Iterable[torch.Tensor], weights: torch.Tensor) -> to
         term = torch.where(weight == 0, torch.zeros_like(logps), weight * logps)
         pooled = term if pooled is None else pooled + term.to(pooled.device)
     return pooled
+
+
+def rule_out_implausible(logits: Iterable[torch.Tensor], plausibility: float) -> Iterator[torch.Tensor]:
+    r"""
+    The plausibility constraint of [contrastive decoding](https://huggingface.co/papers/2210.15097) (Li et al., 2023): a
+    token to which the first component gives less than `plausibility` times the probability of its most likely token gets
+    `-inf` from the first component.
+
+    The other components' logits pass unchanged. The first weight must be positive.
+
+    Args:
+        logits (`Iterable[torch.Tensor]`): K tensors of shape `(batch_size, ..., vocab_size)`.
+        plausibility (`float`): between 0 and 1.
+
+    Returns:
+        `Iterator[torch.Tensor]`: the same K tensors, the first one with `-inf` entries.
+    """
+    iterator = iter(logits)
+    first = next(iterator)
+    threshold = first.max(dim=-1, keepdim=True).values + math.log(plausibility)
+    yield first.masked_fill(first < threshold, -torch.inf)
+    yield from iterator
 
 
 def log_normalizer(pooled_logps: torch.Tensor) -> torch.Tensor:

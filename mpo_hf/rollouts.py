@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 from trl import is_conversational
 
 from .modeling_mixture import MixturePolicyModel
-from .pooling import log_linear_pool
 
 
 @dataclass
 class Completions:
-    """
+    r"""
     Completions of a batch of prompts, m for each, those of one prompt adjacent. N = P * m rows.
 
     Args:
@@ -23,12 +22,19 @@ class Completions:
         prompt_mask (`torch.LongTensor` of shape `(N, prompt_length)`): 0 for padding.
         completion_ids (`torch.LongTensor` of shape `(N, completion_length)`): completions, padded on the right.
         completion_mask (`torch.LongTensor` of shape `(N, completion_length)`): 1 up to and including the end token.
+        pooled_logps (`torch.Tensor` of shape `(N,)`):
+            \\(\sum_k \lambda_k \log \pi_k(y)\\) of whole completions, at temperature 1. For a single policy its log-probability.
+        proposal_logps (`torch.Tensor` of shape `(N,)`):
+            Log-probability of whole completions under the distribution that they were drawn from. The difference of the
+            two is the exact log importance weight from token-level sampling to the sequence-level mixture.
     """
 
     prompt_ids: torch.Tensor
     prompt_mask: torch.Tensor
     completion_ids: torch.Tensor
     completion_mask: torch.Tensor
+    pooled_logps: torch.Tensor
+    proposal_logps: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.completion_ids)
@@ -67,6 +73,39 @@ def tokenize_prompts(
     else:
         encoded = processing_class(text=list(prompts))
     return encoded["input_ids"]
+
+
+class _LogpsRecorder(LogitsProcessor):
+    """
+    Log-probabilities of the tokens that are drawn, from the logits that decoding computes anyway.
+
+    A processor of the user's sees the scores before temperature acts on them, and each step's token only in the next
+    step; the last one comes with [`~_LogpsRecorder.finish`].
+    """
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+        self._scores: torch.Tensor | None = None
+        self._pooled: list[torch.Tensor] = []
+        self._proposal: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self._take(input_ids[:, -1])
+        self._scores = scores
+        return scores
+
+    def _take(self, tokens: torch.LongTensor) -> None:
+        if self._scores is None:
+            return
+        chosen = self._scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        self._pooled.append(chosen)
+        self._proposal.append(chosen / self.temperature - torch.logsumexp(self._scores / self.temperature, dim=-1))
+
+    def finish(self, sequences: torch.LongTensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums over the tokens of every completion; `mask` of shape `(N, completion_length)`."""
+        self._take(sequences[:, -1])
+        sums = [(torch.stack(logps, -1).double() * mask).sum(-1) for logps in (self._pooled, self._proposal)]
+        return sums[0].cpu(), sums[1].cpu()
 
 
 @contextmanager
@@ -125,14 +164,17 @@ def sample_completions(
         eos_token_id=eos_token_id,
     )
     kwargs = {} if mixture_weights is None else {"mixture_weights": mixture_weights}
+    recorder = _LogpsRecorder(temperature)
     with _generation_config(policy, config):
-        sequences = policy.generate(padded, attention_mask=mask, **kwargs)
+        sequences = policy.generate(padded, attention_mask=mask, logits_processor=[recorder], **kwargs)
     completion_ids = sequences[:, longest:]
+    completion_mask = _mask_after_end(completion_ids, eos_token_id)
     return Completions(
         padded.repeat_interleave(num_generations, 0),
         mask.repeat_interleave(num_generations, 0),
         completion_ids,
-        _mask_after_end(completion_ids, eos_token_id),
+        completion_mask,
+        *recorder.finish(sequences, completion_mask),
     )
 
 
@@ -145,48 +187,25 @@ def _mask_after_end(completion_ids: torch.Tensor, eos_token_id: int | Sequence[i
 
 @torch.no_grad()
 def completion_logps(
-    policies: Sequence[MixturePolicyModel],
-    completions: Completions,
-    mixture_weights: torch.Tensor | None = None,
-    temperature: float = 1.0,
-    batch_size: int = 8,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    policies: Sequence[MixturePolicyModel], completions: Completions, batch_size: int = 8
+) -> torch.Tensor:
     r"""
-    Log-probabilities of whole completions under K policies, and under the token-level mixture of them.
+    Log-probabilities of whole completions under K policies.
 
     Args:
         policies (`Sequence[MixturePolicyModel]`): the policies, such as [`MixturePolicyModel.policy`] returns.
         completions ([`Completions`]): N completions.
-        mixture_weights (`torch.Tensor` of shape `(K,)`, *optional*):
-            Weights of the token-level mixture to score the completions under.
-        temperature (`float`, *optional*, defaults to 1.0):
-            Temperature of that mixture. The log-probabilities under the policies are at temperature 1.
-        batch_size (`int`, *optional*, defaults to 8):
-            Completions a forward pass.
+        batch_size (`int`, *optional*, defaults to 8): completions a forward pass.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor | None]`: \\(\log \pi_k(y)\\) of shape `(N, K)`, and the log-probability under the
-        mixture of shape `(N,)` where weights are given. Both float64, on the CPU.
+        `torch.Tensor`: \\(\log \pi_k(y)\\) of shape `(N, K)`, float64, on the CPU.
     """
-    logps, mixture_logps = [], []
+    logps = []
     for chunk in completions.chunks(batch_size):
         mask = chunk.completion_mask.double().cpu()
-        chunk_logps: list[torch.Tensor] = []
-
-        def policy_logits(chunk=chunk, chunk_logps=chunk_logps, mask=mask):
-            for policy in policies:
-                logits = _completion_logits(policy, chunk)
-                chunk_logps.append((_token_logps(logits, chunk.completion_ids) * mask).sum(-1))
-                yield logits
-
-        if mixture_weights is None:
-            for _ in policy_logits():
-                pass
-        else:
-            pooled = log_linear_pool(policy_logits(), mixture_weights.cpu()) / temperature
-            mixture_logps.append((_token_logps(pooled, chunk.completion_ids) * mask).sum(-1))
-        logps.append(torch.stack(chunk_logps, dim=-1))
-    return torch.cat(logps), torch.cat(mixture_logps) if mixture_logps else None
+        token_logps = (_token_logps(_completion_logits(policy, chunk), chunk.completion_ids) for policy in policies)
+        logps.append(torch.stack([(logps * mask).sum(-1) for logps in token_logps], dim=-1))
+    return torch.cat(logps)
 
 
 def _completion_logits(policy: MixturePolicyModel, chunk: Completions) -> torch.Tensor:

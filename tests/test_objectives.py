@@ -57,7 +57,9 @@ def test_on_policy_objective_is_exact_for_optimal_policies(enumeration, weights)
     count = enumeration.policies.shape[1]
     uniform = torch.full_like(enumeration.reference, -torch.tensor(float(count)).log().item())
     advantages = enumeration.policies - enumeration.reference.unsqueeze(-1)
-    value, _ = on_policy_objective(weights, advantages, enumeration.policies, uniform, enumeration.reference)
+    value, _ = on_policy_objective(
+        weights, advantages, enumeration.policies @ weights.detach(), uniform, enumeration.reference
+    )
     assert value.item() == pytest.approx(enumeration.dual(weights.detach()))
     value.backward()
     torch.testing.assert_close(weights.grad, exact_gradient(enumeration, weights))
@@ -67,7 +69,9 @@ def test_on_policy_objective_is_below_the_dual_for_other_policies(enumeration, w
     count = enumeration.policies.shape[1]
     uniform = torch.full_like(enumeration.reference, -torch.tensor(float(count)).log().item())
     rewards = (enumeration.policies - enumeration.reference.unsqueeze(-1)).roll(1, dims=1)
-    value, _ = on_policy_objective(weights, rewards, enumeration.policies, uniform, enumeration.reference)
+    value, _ = on_policy_objective(
+        weights, rewards, enumeration.policies @ weights.detach(), uniform, enumeration.reference
+    )
     assert value.item() < enumeration.dual(weights.detach(), rewards)
 
 

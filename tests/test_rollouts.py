@@ -61,23 +61,21 @@ def test_sampling_ignores_the_models_own_generation_config_and_leaves_it_alone(m
     own.top_k, own.temperature, own.do_sample = None, None, None
 
 
-@pytest.mark.parametrize("batch_size", [3, 1000])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probabilities_are_those_of_the_definition(policies, mixture, batch_size, temperature):
+def test_log_probabilities_are_those_of_the_definition(policies, mixture, temperature):
     torch.manual_seed(0)
-    completions = sample(mixture, PROMPTS[:2], 5)
+    completions = sample(mixture, PROMPTS[:2], 5, temperature=temperature)
     views = [mixture.policy(k) for k in range(2)]
-    weights = torch.tensor([0.3, 0.7], dtype=torch.float64)
-    logps, mixture_logps = completion_logps(views, completions, weights, temperature, batch_size)
+    logps = completion_logps(views, completions, batch_size=3)
+    torch.testing.assert_close(logps, completion_logps(views, completions, batch_size=1000))
     for row in range(10):
         prompt, completion = completions.prompt_ids[row].tolist(), completions.completion_ids[row]
-        for k in range(2):
-            assert logps[row, k].item() == pytest.approx(
-                sequence_logps(policies[k], prompt, completion[None])[0].item(), abs=1e-4
-            )
+        expected = [sequence_logps(policy, prompt, completion[None])[0].item() for policy in policies]
+        assert logps[row].tolist() == pytest.approx(expected, abs=1e-4)
+        assert completions.pooled_logps[row].item() == pytest.approx(0.3 * expected[0] + 0.7 * expected[1], abs=1e-4)
         if row % 5 == 0:
             table = token_level_mixture(policies, [0.3, 0.7], prompt, temperature)
-        assert mixture_logps[row].item() == pytest.approx(table[tuple(completion.tolist())], abs=1e-4)
+        assert completions.proposal_logps[row].item() == pytest.approx(table[tuple(completion.tolist())], abs=1e-4)
 
 
 def test_padding_and_end_tokens_do_not_count(policies):
@@ -91,10 +89,11 @@ def test_padding_and_end_tokens_do_not_count(policies):
     for row, length in zip(completions.completion_ids.tolist(), lengths.tolist()):
         assert 5 not in row[: length - 1]
         assert length == 5 or row[length - 1] == 5
-    logps, _ = completion_logps([policy], completions)
+    logps = completion_logps([policy], completions)
     for row in range(12):
         expected = sequence_logps(policies[0], ids[row // 6], torch.tensor([completions.id_lists()[row]]))
         assert logps[row, 0].item() == pytest.approx(expected.item(), abs=1e-4)
+        assert completions.proposal_logps[row].item() == pytest.approx(expected.item(), abs=1e-4)
 
 
 def test_the_free_weight_takes_token_level_to_sequence_level(policies):

@@ -60,6 +60,10 @@ class MPOConfig(TrainingArguments):
             Arguments for [`MixturePolicyModel.from_policies`] or `from_pretrained` when the trainer opens the model.
         min_effective_sample_size (`float`, *optional*, defaults to 0.1):
             Fraction of the samples below which the effective sample size is warned about.
+        hub_pin_revisions (`bool`, *optional*, defaults to `True`):
+            Whether what is pushed to the Hub pins policies to the commits that they were loaded from.
+        hub_upload_adapters (`bool`, *optional*, defaults to `False`):
+            Whether adapters that live in folders are pushed to the Hub with the mixture. Without, they are an error.
         kwargs:
             See [`~transformers.TrainingArguments`]. Defaults that differ: a constant learning rate, logging at every
             step, a checkpoint at every step (a few kB: no policy weights; the last 2 are kept), no gradient clipping.
@@ -108,6 +112,8 @@ class MPOConfig(TrainingArguments):
     min_effective_sample_size: float = field(
         default=0.1, metadata={"help": "Fraction of the samples below which a warning is given."}
     )
+    hub_pin_revisions: bool = field(default=True, metadata={"help": "Push policies pinned to commits."})
+    hub_upload_adapters: bool = field(default=False, metadata={"help": "Push adapters in folders with the mixture."})
 
     # Defaults of TrainingArguments that do not suit a fit of K numbers
     learning_rate: float | None = field(default=None, metadata={"help": "Step size. Default: step_scale/sqrt(T)."})

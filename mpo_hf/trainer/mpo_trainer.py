@@ -1,15 +1,20 @@
 """Fits the weights of a mixture of policies by batch stochastic mirror descent."""
 
+import functools
 import os
+import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, IterableDataset
+from huggingface_hub import CommitInfo
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -20,11 +25,11 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
-from tqdm.auto import tqdm
 from trl import is_conversational
 
-from ..component_loading import Policy
+from ..component_loading import Policy, hub_kwargs
 from ..configuration_mixture import MixturePolicyConfig
+from ..hub import check_pushable, shared_config
 from ..model_card import create_model_card
 from ..modeling_mixture import MixturePolicyModel
 from ..objectives import dual_objective, effective_sample_size, implicit_dual_objective, on_policy_objective
@@ -146,6 +151,8 @@ class MPOTrainer(Trainer):
             raise ValueError(
                 f"Got {len(reward_funcs)} `reward_funcs` for {len(labels)} policies; MPO needs one for each."
             )
+        if args.push_to_hub:  # better now than after the fit
+            check_pushable(model.config, args.hub_upload_adapters)
         self.reference_policy = reference
         self.reward_functions = (
             make_reward_functions(reward_funcs, processing_classes=reward_processing_classes) if reward_funcs else []
@@ -167,6 +174,8 @@ class MPOTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        # nothing in the model is trained, and DDP refuses to wrap such a model
+        self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.model_accepts_loss_kwargs = False
         model.requires_grad_(False)
         model.add_model_tags(self._tag_names)
@@ -177,6 +186,7 @@ class MPOTrainer(Trainer):
             reward.to(self.accelerator.device)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._warned_collapse = False
+        self._config_is_shared = False
         self.add_callback(_RewardOffsets)
         self.add_callback(_MirrorDescentCallback(self))
 
@@ -247,40 +257,22 @@ class MPOTrainer(Trainer):
         completions = self.sample(inputs, weights.detach())
         rewards = self.score_rewards(inputs, completions) if self.reward_functions else None
         shape = (len(inputs), args.num_generations)
-        on_mixture = args.proposal == "mixture"
-        needs_logps = on_mixture or args.objective == "implicit"
-        policy_logps = reference_logps = proposal_logps = None
-        if needs_logps:
-            policy_logps, proposal_logps = completion_logps(
-                self.policies,
-                completions,
-                weights.detach() if on_mixture else None,
-                args.temperature,
-                args.logps_batch_size,
-            )
-            policy_logps = policy_logps.view(*shape, -1)
-        if self.reference_policy is not None and (needs_logps or args.temperature != 1):
-            logps, tempered = completion_logps(
-                [self.reference_policy], completions, torch.ones(1), args.temperature, args.logps_batch_size
-            )
-            reference_logps = logps.view(*shape)
-            proposal_logps = proposal_logps if on_mixture else tempered
-        if proposal_logps is not None:
-            proposal_logps = proposal_logps.view(*shape)
-
+        pooled_logps, proposal_logps = completions.pooled_logps.view(shape), completions.proposal_logps.view(shape)
         if args.objective == "implicit":
+            policy_logps = completion_logps(self.policies, completions, args.logps_batch_size).view(*shape, -1)
             loss, log_weights = implicit_dual_objective(weights, policy_logps, proposal_logps)
+        elif args.proposal == "mixture":
+            advantages = (rewards.view(*shape, -1) - self.reward_offsets) / args.beta
+            reference_logps = completion_logps([self.reference_policy], completions, args.logps_batch_size)
+            loss, log_weights = on_policy_objective(
+                weights, advantages, pooled_logps, proposal_logps, reference_logps.view(shape)
+            )
         else:
-            rewards = rewards.view(*shape, -1)
-            if on_mixture:
-                advantages = (rewards - self.reward_offsets) / args.beta
-                loss, log_weights = on_policy_objective(
-                    weights, advantages, policy_logps, proposal_logps, reference_logps
-                )
-            else:
-                log_ratio = None if proposal_logps is None else reference_logps - proposal_logps
-                normalized = normalize_rewards(rewards, args.beta, log_ratio) if args.normalize_rewards else rewards
-                loss, log_weights = dual_objective(weights, normalized / args.beta, log_ratio)
+            log_ratio = pooled_logps - proposal_logps  # zero unless there is a temperature
+            scaled = rewards.view(*shape, -1)
+            if args.normalize_rewards:
+                scaled = normalize_rewards(scaled, args.beta, log_ratio)
+            loss, log_weights = dual_objective(weights, scaled / args.beta, log_ratio)
         self._record_step(mode, loss, log_weights, rewards, completions)
         return loss
 
@@ -373,9 +365,9 @@ class MPOTrainer(Trainer):
             inputs = prompts[start : start + size]
             completions = self._sample_from(self.policies[k], inputs, None)
             reward = self.score_rewards(inputs, completions, [k])[:, 0]
-            pair = [self.policies[k], self.reference_policy]
-            logps, _ = completion_logps(pair, completions, batch_size=args.logps_batch_size)
-            values[k].append(reward - args.beta * (logps[:, 0] - logps[:, 1]))
+            reference_logps = completion_logps([self.reference_policy], completions, args.logps_batch_size)[:, 0]
+            kl = completions.proposal_logps - reference_logps
+            values[k].append(reward - args.beta * kl)
         means = torch.stack([torch.cat(v).mean() for v in values]).to(self.accelerator.device)
         return self.accelerator.reduce(means, reduction="mean").tolist()
 
@@ -469,7 +461,8 @@ class MPOTrainer(Trainer):
         # checkpoints of a mixture whose models were given in memory hold its config only: nothing in them changes
         whole = all(component.name_or_path is None for component in self.model.config.components)
         if not whole or output_dir in (None, self.args.output_dir) or not self._is_checkpoint(output_dir):
-            return super()._save(output_dir, state_dict)
+            with self._shared_config(output_dir or self.args.output_dir, wanted=self.args.push_to_hub):
+                return super()._save(output_dir, state_dict)
         self.model.config.save_pretrained(output_dir)
         self.processing_class.save_pretrained(output_dir)
 
@@ -494,6 +487,78 @@ class MPOTrainer(Trainer):
                 rewards[f"{self.args.proposal}, {name}"] = values
         name = self.hub_model_id or os.path.basename(os.path.abspath(output_dir))
         create_model_card(self.model.config, name, rewards).save(os.path.join(output_dir, "README.md"))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        pin_revisions: bool | None = None,
+        upload_adapters: bool | None = None,
+        **kwargs,
+    ) -> CommitInfo:
+        """
+        Uploads the mixture, its tokenizer and a model card to the repo `args.hub_model_id`; no checkpoints.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`): message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): whether to return only when the upload has finished.
+            token (`str`, *optional*): token to write with. Defaults to `args.hub_token`.
+            revision (`str`, *optional*): branch to push to. Defaults to `args.hub_revision`.
+            private (`bool`, *optional*): whether to make the repo private when it is created.
+            pin_revisions (`bool`, *optional*):
+                Whether to pin policies to the commits that they were loaded from. Defaults to `args.hub_pin_revisions`.
+            upload_adapters (`bool`, *optional*):
+                Whether to upload adapters that live in folders. Defaults to `args.hub_upload_adapters`.
+            kwargs: see [`~transformers.Trainer.push_to_hub`].
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`], or a future of one with `blocking=False`.
+
+        Raises:
+            `ValueError`: for policies that live in folders of this machine.
+        """
+        upload_adapters = self.args.hub_upload_adapters if upload_adapters is None else upload_adapters
+        check_pushable(self.model.config, upload_adapters)
+        with self._shared_config(
+            self.args.output_dir, token=token, pin=pin_revisions, upload_adapters=upload_adapters
+        ):
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        adapters = os.path.join(checkpoint_folder, "adapters")
+        if self.is_world_process_zero() and os.path.isdir(adapters):
+            # Trainer copies files of known names to the folder that is pushed, and no folders
+            shutil.copytree(adapters, os.path.join(self.args.output_dir, "adapters"), dirs_exist_ok=True)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    @contextmanager
+    def _shared_config(
+        self,
+        folder: str,
+        wanted: bool = True,
+        token: str | None = None,
+        pin: bool | None = None,
+        upload_adapters: bool | None = None,
+    ) -> Iterator[None]:
+        """While it lasts, what is saved is what others can open; see [`~mpo_hf.hub.shared_config`]."""
+        if not wanted or self._config_is_shared or not self.is_world_process_zero():
+            yield
+            return
+        self._config_is_shared = True
+        try:
+            with shared_config(
+                self.model,
+                folder,
+                token=token if token is not None else self.args.hub_token,
+                pin=self.args.hub_pin_revisions if pin is None else pin,
+                upload_adapters=self.args.hub_upload_adapters if upload_adapters is None else upload_adapters,
+            ):
+                yield
+        finally:
+            self._config_is_shared = False
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         config = MixturePolicyConfig.from_pretrained(resume_from_checkpoint)
@@ -576,7 +641,7 @@ def _open_tokenizer(model: MixturePolicyModel, args: MPOConfig) -> PreTrainedTok
     for source, kwargs in ((model.name_or_path, {}), (component.name_or_path, location)):
         if source:
             try:
-                return AutoTokenizer.from_pretrained(source, **kwargs)
+                return AutoTokenizer.from_pretrained(source, **kwargs, **hub_kwargs(model._load_kwargs))
             except (OSError, ValueError):
                 continue
     raise ValueError("The policies come without a tokenizer. Pass it as `processing_class`.")

@@ -1,0 +1,1 @@
+"""The command line: `mpo-hf fit`, `generate`, `chat`, `inspect` and `push`."""

@@ -1,0 +1,287 @@
+"""`mpo-hf fit`: the mixture weights for policies and their rewards."""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset, IterableDataset, load_dataset
+from transformers import AutoTokenizer
+from trl import ScriptArguments
+
+from ..modeling_mixture import MixturePolicyModel
+from ..plots import plot_fit
+from ..trainer import MPOConfig, MPOTrainer
+from .parser import CommandParser
+from .reward_arguments import parse_reward
+from .table import format_table
+
+
+FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass
+class FitArguments(ScriptArguments):
+    """What to fit, and on which prompts; TRL's script arguments among them."""
+
+    policies: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "The policies: repo ids or folders of models, PEFT adapters or mixtures. In YAML also dictionaries, "
+            "with name_or_path, adapter, revision, label ...",
+            "metavar": "POLICY",
+        },
+    )
+    reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "The policy that all were aligned from. Not needed for adapters over one base.",
+            "metavar": "POLICY",
+            "aliases": ["--ref_model"],
+        },
+    )
+    rewards: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "One reward a policy, in their order: repo id or folder of a classifier, file.py:function or "
+            "module:function. In YAML also dictionaries, with the arguments of RewardModelSpec. Not needed for the "
+            "implicit objective.",
+            "metavar": "REWARD",
+            "aliases": ["--reward_funcs"],
+        },
+    )
+    labels: list[str] = field(
+        default_factory=list, metadata={"help": "Names of the objectives, one a policy.", "metavar": "NAME"}
+    )
+    weights: list[float] | None = field(default=None, metadata={"help": "Weights to start from. Default: equal ones."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Repo id or folder of the tokenizer. Default: that of the first policy."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "Type of the policies in memory, such as bfloat16."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python code that comes with the policies."}
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "The prompts: a dataset's repo id or folder, or a .json, .jsonl, .parquet or .csv file, with a column "
+            "'prompt' of texts or of conversations. Rewards see the other columns.",
+            "metavar": "DATASET",
+            "aliases": ["--dataset"],
+        },
+    )
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts for --eval_strategy. Default: the test split of the dataset.",
+            "metavar": "DATASET",
+            "aliases": ["--eval_dataset"],
+        },
+    )
+
+    def __post_init__(self):
+        # one alone needs no list in YAML
+        for name in ("policies", "rewards", "labels"):
+            value = getattr(self, name)
+            setattr(self, name, list(value) if isinstance(value, list | tuple) else [value])
+        if not self.policies:
+            raise ValueError(
+                "--policies is needed: the policies to mix, for instance --policies org/helpful org/harmless"
+            )
+        if not self.dataset_name:
+            raise ValueError("--dataset is needed: prompts to fit on, for instance --dataset prompts.jsonl")
+        if self.rewards and len(self.rewards) < len(self.policies):
+            raise ValueError(
+                f"Got {len(self.rewards)} rewards for {len(self.policies)} policies; every policy needs the reward of its "
+                "objective."
+            )
+
+
+SECTIONS = {
+    "policies and rewards": [
+        "policies",
+        "rewards",
+        "reference",
+        "labels",
+        "weights",
+        "tokenizer",
+        "dtype",
+        "trust_remote_code",
+    ],
+    "prompts": [
+        "dataset",
+        "dataset_config",
+        "dataset_train_split",
+        "dataset_streaming",
+        "eval_dataset",
+        "dataset_test_split",
+    ],
+    "the fit": [
+        "objective",
+        "beta",
+        "proposal",
+        "normalize_rewards",
+        "num_generations",
+        "max_completion_length",
+        "temperature",
+        "max_steps",
+        "step_scale",
+        "average_iterates",
+        "per_device_train_batch_size",
+        "logps_batch_size",
+        "eval_strategy",
+        "seed",
+    ],
+    "results": [
+        "output_dir",
+        "resume_from_checkpoint",
+        "report_to",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
+        "hub_upload_adapters",
+        "hub_pin_revisions",
+    ],
+}
+
+# shorter than the texts of TRL and Transformers
+TEXTS = {
+    "dataset_config": "Configuration of a dataset that has several.",
+    "dataset_train_split": "The split to fit on; also as in 'train[:500]'.",
+    "dataset_streaming": "Stream the dataset instead of downloading it first.",
+    "dataset_test_split": "The split for --eval_strategy.",
+    "eval_strategy": "When to evaluate the mixture. There is --eval_steps too.",
+    "seed": "Seed of the sampling.",
+    "output_dir": "Folder for the mixture and its checkpoints. Default: trainer_output.",
+    "resume_from_checkpoint": "Folder of a checkpoint to go on from; 'true' for the last one in --output_dir.",
+    "report_to": "Where to log: tensorboard, wandb, trackio, all.",
+    "push_to_hub": "Push the mixture to the Hub.",
+    "hub_model_id": "Repo to push to. Default: the name of the folder.",
+    "hub_private_repo": "Whether to make that repo a private one: true or false.",
+}
+
+EXAMPLES = """
+mpo-hf fit --policies org/helpful-lora org/harmless-lora --rewards org/helpful-rm rewards.py:harmless \\
+    --dataset prompts.jsonl --output_dir mix --beta 0.5 --max_steps 50
+
+mpo-hf fit --config fit.yaml --output_dir mix        # where fit.yaml holds, for instance:
+    policies:
+      - {adapter: org/helpful-lora, adapter_revision: v1.0, label: helpful}
+      - {name_or_path: org/harmless, label: harmless}
+    reference: org/sft
+    rewards:
+      - org/helpful-rm
+      - {model: org/toxicity, logit: toxic, sign: -1, template: "{completion}"}
+    dataset: trl-lib/ultrafeedback-prompt
+    num_generations: 16
+"""
+
+
+def make_parser() -> CommandParser:
+    """The parser of the command."""
+    parser = CommandParser(
+        "fit",
+        [FitArguments, MPOConfig],
+        usage="--policies POLICY ... --rewards REWARD ... --dataset DATASET --output_dir FOLDER [options]",
+        description="Finds the mixture weights that make the worst-off objective as well off as it can be. Nothing is "
+        "trained: completions are sampled and scored, and the weights follow. Writes the mixture (a config, a tokenizer "
+        "and a model card; policies are referred to) and a picture of the fit. On several processes: accelerate launch "
+        "-m mpo_hf.cli.main fit ...",
+        sections=SECTIONS,
+        examples=EXAMPLES,
+        texts=TEXTS,
+    )
+    parser.add_full_help()
+    return parser
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs `mpo-hf fit`."""
+    args, training_args = make_parser().parse(argv)
+    trainer = make_trainer(args, training_args)
+    trainer.train(resume_from_checkpoint=_checkpoint(training_args.resume_from_checkpoint))
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        print(f"\n{summarize(trainer)}\n")
+        print(f"The mixture is in {training_args.output_dir}.")
+        if importlib.util.find_spec("matplotlib") is not None:
+            path = os.path.join(training_args.output_dir, "weights.png")
+            plot_fit(trainer.state.log_history, path)
+            print(f"A picture of the fit is in {path}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+        trainer.accelerator.print(f"It is shared as {trainer.hub_model_id}.")
+    trainer.end()
+
+
+def make_trainer(args: FitArguments, training_args: MPOConfig) -> MPOTrainer:
+    """Opens what the arguments name: what is quick to check first, policies last."""
+    rewards = [parse_reward(reward) for reward in args.rewards]
+    train_dataset = load_prompts(args, args.dataset_name, args.dataset_train_split)
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        if args.eval_dataset_name is None and _file_type(args.dataset_name):
+            raise ValueError("--eval_strategy needs --eval_dataset: a file of prompts has no test split.")
+        eval_dataset = load_prompts(args, args.eval_dataset_name or args.dataset_name, args.dataset_test_split)
+    return MPOTrainer(
+        model=open_policies(args, training_args),
+        reward_funcs=rewards or None,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None,
+    )
+
+
+def open_policies(args: FitArguments, training_args: MPOConfig) -> MixturePolicyModel:
+    """Mixes the policies."""
+    kwargs: dict[str, Any] = {"dtype": args.dtype, **(training_args.model_init_kwargs or {})}
+    if args.trust_remote_code:
+        kwargs["trust_remote_code"] = True
+    if args.labels:
+        kwargs["labels"] = args.labels
+    return MixturePolicyModel.from_policies(args.policies, args.weights, reference=args.reference, **kwargs)
+
+
+def load_prompts(args: FitArguments, name: str, split: str) -> Dataset | IterableDataset:
+    """
+    Loads prompts from a file, a folder or the Hub.
+
+    Args:
+        args ([`FitArguments`]): which configuration, and whether to stream.
+        name (`str`): file, folder or repo id.
+        split (`str`): the split of a dataset that has some.
+    """
+    if file_type := _file_type(name):
+        if not os.path.isfile(name):
+            raise OSError(f"There is no file {name!r}.")
+        return load_dataset(file_type, data_files=name, split="train", streaming=args.dataset_streaming)
+    return load_dataset(name, args.dataset_config, split=split, streaming=args.dataset_streaming)
+
+
+def summarize(trainer: MPOTrainer) -> str:
+    """The fitted weights, and the means over all steps of what was measured."""
+    config = trainer.model.config
+    steps = [entry for entry in trainer.state.log_history if "dual_objective" in entry and "loss" in entry]
+    rows = []
+    for name, component, weight in zip(trainer.objective_names, config.components, config.mixture_weights):
+        rewards = [entry[f"rewards/{name}"] for entry in steps if f"rewards/{name}" in entry]
+        rows.append([name, component.source, weight, sum(rewards) / len(rewards) if rewards else None])
+    header = ["objective", "policy", "weight", f"mean reward of the {trainer.args.proposal}'s samples"]
+    lines = [format_table(header, rows)]
+    for key, text in (("dual_objective", "dual objective"), ("effective_sample_size", "effective sample size")):
+        values = [entry[key] for entry in steps]
+        if values:
+            lines.append(f"{text}, mean over {len(values)} steps: {sum(values) / len(values):.4f}")
+    return "\n".join([lines[0], "", *lines[1:]])
+
+
+def _file_type(name: str) -> str | None:
+    return FILE_TYPES.get(os.path.splitext(name)[1].lower())
+
+
+def _checkpoint(value: str | bool | None) -> str | bool | None:
+    """A folder; or whether to go on from the last checkpoint, which the command line gives as a text."""
+    return {"true": True, "false": None}.get(str(value).lower(), value)

@@ -1,0 +1,305 @@
+"""Sharing a mixture on the Hub: what its config may refer to there, and one commit that holds all of it."""
+
+import copy
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import PreTrainedModel
+
+from .configuration_mixture import MixtureComponent, MixturePolicyConfig
+from .model_card import create_model_card
+
+
+COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# What `save_pretrained(push_to_hub=True)` passes on, besides what saving itself understands.
+PUSH_ARGUMENTS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "revision",
+    "create_pr",
+    "tags",
+    "pin_revisions",
+    "upload_adapters",
+)
+
+# Commits by repo id, and the branch, tag or commit that was asked for.
+Commits = dict[tuple[str, str | None], str]
+
+
+def explain_hub_error(err: BaseException, revision: str | None = None) -> str:
+    """What may have happened to a repository that does not answer, and what to do about it; empty for other errors."""
+    causes: list[BaseException] = []
+    while err is not None and err not in causes:
+        causes.append(err)
+        err = err.__cause__
+    for cause in causes:
+        if isinstance(cause, GatedRepoError):
+            return "The repository is gated: ask for access on its page, then log in with `hf auth login` or pass `token=...`. "
+        if isinstance(cause, RepositoryNotFoundError):
+            return (
+                "The repository has been deleted or renamed, or it is private and there is no token that may read it: log "
+                "in with `hf auth login` or pass `token=...`. "
+            )
+        if isinstance(cause, RevisionNotFoundError):
+            return f"The repository is there, but its revision {revision!r} is gone, as when its history was rewritten: refer to another one. "
+    return ""
+
+
+def cached_commit(
+    repo_id: str, filename: str, revision: str | None = None, cache_dir: str | os.PathLike | None = None
+) -> str | None:
+    """The commit that a file was last read at under this revision; `None` for files in folders."""
+    if os.path.isdir(repo_id):
+        return None
+    path = try_to_load_from_cache(repo_id, filename, cache_dir, revision)
+    # .../snapshots/<commit>/<filename>
+    found = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", path) if isinstance(path, str) else None
+    return found and found[1]
+
+
+def loaded_commits(model: PreTrainedModel) -> Commits:
+    """The commits that the components of a mixture in memory were loaded from."""
+    commits: Commits = {}
+    for component, handle in zip(model.config.components, model.policies):
+        backbone = model.backbones[handle.backbone]
+        base = getattr(backbone.config, "_commit_hash", None)
+        adapter = handle.adapter and getattr(backbone.peft_config[handle.adapter], "_commit_hash", None)
+        if component.name_or_path is not None and base:
+            commits[component.name_or_path, component.revision] = base
+        if component.adapter is not None and adapter:
+            commits[component.adapter, component.adapter_revision] = adapter
+    return commits
+
+
+def pin_revisions(
+    config: MixturePolicyConfig, token: bool | str | None = None, known: Mapping | None = None
+) -> MixturePolicyConfig:
+    """
+    A copy of a config in which every component on the Hub, and the reference, is pinned to a commit.
+
+    Args:
+        config ([`MixturePolicyConfig`]): the config. It stays as it is.
+        token (`bool` or `str`, *optional*): token for private components.
+        known (`Mapping[tuple[str, str | None], str]`, *optional*):
+            Commits by repo id and revision, where they are known. The Hub is asked for others.
+
+    Returns:
+        [`MixturePolicyConfig`]
+
+    Raises:
+        `OSError`: for a component whose repository or revision the Hub does not find.
+    """
+    commits = dict(known or {})
+    pinned = copy.deepcopy(config)
+    pinned.components = [_pin(component, commits, token) for component in pinned.components]
+    if pinned.reference is not None:
+        pinned.reference = _pin(pinned.reference, commits, token)
+    return pinned
+
+
+def _pin(component: MixtureComponent, commits: Commits, token: bool | str | None) -> MixtureComponent:
+    for name, prefix in (("name_or_path", ""), ("adapter", "adapter_")):
+        path, revision = getattr(component, name), getattr(component, f"{prefix}revision")
+        # what lies in the repository of the mixture goes by the revision of the mixture
+        if path is None or path.startswith("./") or _is_local(path) or COMMIT_HASH.fullmatch(revision or ""):
+            continue
+        if (path, revision) not in commits:
+            commits[path, revision] = _resolve(path, revision, token)
+        component = replace(component, **{f"{prefix}revision": commits[path, revision]})
+    return component
+
+
+def _resolve(repo_id: str, revision: str | None, token: bool | str | None) -> str:
+    try:
+        return HfApi().model_info(repo_id, revision=revision, token=token).sha
+    except (HfHubHTTPError, OfflineModeIsEnabled, ValueError) as err:
+        raise OSError(
+            f"The component {repo_id!r} cannot be pinned to a commit. {explain_hub_error(err, revision)}To refer to it "
+            f"without a commit all the same, pass `pin_revisions=False`. ({err})"
+        ) from err
+
+
+def _is_local(path: str | None) -> bool:
+    return path is not None and not path.startswith("./") and (os.path.isabs(path) or os.path.isdir(path))
+
+
+def check_pushable(config: MixturePolicyConfig, upload_adapters: bool = False) -> None:
+    """
+    Refuses to share a mixture that refers to folders of this machine.
+
+    Args:
+        config ([`MixturePolicyConfig`]): the config.
+        upload_adapters (`bool`, *optional*, defaults to `False`):
+            Whether adapters in folders are uploaded with the mixture.
+
+    Raises:
+        `ValueError`: naming every component that lives in a folder, and what can be done about each.
+    """
+    bases, adapters = [], []
+    for name, component in _parts(config).items():
+        if _is_local(component.name_or_path):
+            bases.append(f"{name!r} ({component.name_or_path!r})")
+        elif _is_local(component.adapter):
+            adapters.append(f"{name!r} ({component.adapter!r})")
+    if not bases and (upload_adapters or not adapters):
+        return
+    message = "A mixture on the Hub cannot refer to folders of this machine."
+    if bases:
+        message += (
+            f" The models of {', '.join(bases)} are in such folders: push them to repositories of their own, and mix them by "
+            "repo id."
+        )
+    if adapters:
+        message += (
+            f" The adapters of {', '.join(adapters)} are in such folders: pass `upload_adapters=True` to put them into the repository of "
+            "the mixture itself, or push them to repositories of their own and mix them by repo id."
+        )
+    raise ValueError(message)
+
+
+def _parts(config: MixturePolicyConfig) -> dict[str, MixtureComponent]:
+    """Components by their labels, and the reference."""
+    parts = dict(zip(config.labels, config.components))
+    if config.reference is not None:
+        parts["reference" if "reference" not in parts else "reference policy"] = config.reference
+    return parts
+
+
+@contextmanager
+def shared_config(
+    model: PreTrainedModel,
+    folder: str | os.PathLike,
+    token: bool | str | None = None,
+    pin: bool = True,
+    upload_adapters: bool = False,
+) -> Iterator[None]:
+    """
+    While it lasts, the config of a mixture is what others can open, and may be saved into `folder` to be pushed.
+
+    Args:
+        model ([`MixturePolicyModel`]): the mixture. Its config is as before afterwards.
+        folder (`str` or `os.PathLike`): the folder that is going to be pushed. Adapters are copied there.
+        token (`bool` or `str`, *optional*): token for private components.
+        pin (`bool`, *optional*, defaults to `True`): whether to pin components to commits.
+        upload_adapters (`bool`, *optional*, defaults to `False`):
+            Whether to copy adapters that live in folders into `adapters/` of the folder.
+    """
+    config = model.config
+    check_pushable(config, upload_adapters)
+    shared = copy.deepcopy(config)
+    if pin:
+        token = token if token is not None else model._load_kwargs.get("token")
+        shared = pin_revisions(config, token, loaded_commits(model))
+    if upload_adapters:
+        parts = _copy_adapters(_parts(shared), folder)
+        shared.components, shared.reference = parts[: len(config.components)], (parts + [None])[len(config.components)]
+    before = config.components, config.reference
+    config.components, config.reference = shared.components, shared.reference
+    try:
+        yield
+    finally:
+        config.components, config.reference = before
+
+
+def _copy_adapters(parts: dict[str, MixtureComponent], folder: str | os.PathLike) -> list[MixtureComponent]:
+    copied, names = [], set()
+    for label, component in parts.items():
+        if _is_local(component.adapter):
+            name = re.sub(r"[^\w-]+", "-", label)
+            while name in names:
+                name += "-"
+            names.add(name)
+            _copy_adapter(component, os.path.join(folder, "adapters", name))
+            component = replace(component, adapter=f"./adapters/{name}", adapter_revision=None, adapter_subfolder=None)
+        copied.append(component)
+    return copied
+
+
+def _copy_adapter(component: MixtureComponent, target: str) -> None:
+    source = os.path.join(component.adapter, component.adapter_subfolder or "")
+    if not os.path.isfile(os.path.join(source, ADAPTER_WEIGHTS)):
+        raise OSError(
+            f"The adapter in {source!r} has no {ADAPTER_WEIGHTS}, and adapters are uploaded as safetensors only."
+        )
+    with open(os.path.join(source, ADAPTER_CONFIG), encoding="utf-8") as file:
+        adapter_config = json.load(file)
+    if os.path.realpath(source) != os.path.realpath(target):
+        os.makedirs(target, exist_ok=True)
+        shutil.copyfile(os.path.join(source, ADAPTER_WEIGHTS), os.path.join(target, ADAPTER_WEIGHTS))
+    # it may have been trained over a copy in a folder, which nobody else has
+    adapter_config["base_model_name_or_path"] = component.name_or_path
+    with open(os.path.join(target, ADAPTER_CONFIG), "w", encoding="utf-8") as file:
+        json.dump(adapter_config, file, indent=2, sort_keys=True)
+
+
+def push_mixture(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str | None = "50GB",
+    tags: list[str] | str | None = None,
+    pin: bool = True,
+    upload_adapters: bool = False,
+) -> CommitInfo:
+    """See [`MixturePolicyModel.push_to_hub`]. Everything is written and checked before the repository is made."""
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as folder, shared_config(model, folder, token, pin, upload_adapters):
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        _model_card(model, repo_id, tags, token).save(os.path.join(folder, "README.md"))
+        if revision is not None and not revision.startswith("refs/pr") and not create_pr:
+            api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+        # one commit, however large: what others see is the mixture as it was, or as it is now
+        return api.create_commit(
+            repo_id,
+            operations=_additions(folder),
+            commit_message=commit_message or "Upload mixture",
+            commit_description=commit_description,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def _model_card(
+    model: PreTrainedModel, repo_id: str, tags: list[str] | str | None, token: bool | str | None
+) -> ModelCard:
+    """The card that the repository has, or a new one."""
+    try:
+        card = ModelCard.load(repo_id, token=token)
+    except EntryNotFoundError:
+        card = create_model_card(model.config, repo_id)
+    tags = [tags] if isinstance(tags, str) else tags or []
+    known = card.data.tags or []
+    card.data.tags = known + [tag for tag in [*(model.model_tags or []), *tags] if tag not in known] or None
+    return card
+
+
+def _additions(folder: str) -> list[CommitOperationAdd]:
+    paths = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
+    return [CommitOperationAdd(os.path.relpath(path, folder).replace(os.sep, "/"), path) for path in sorted(paths)]
