@@ -481,7 +481,7 @@ class TestLoading:
         expected = self.expected(saved.classifier, saved.over_cls)
         torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=1e-5)
 
-    def test_tokenizer_of_model_before_that_of_adapter(self, saved, tmp_path):
+    def test_tokenizer_of_adapter_before_that_of_model(self, saved, tmp_path):
         def path(spec) -> str:
             return ModelReward(spec).processing_class.name_or_path
 
@@ -492,7 +492,7 @@ class TestLoading:
         both = str(shutil.copytree(saved.over_cls, tmp_path / "both"))
         make_tokenizer().save_pretrained(both)
         assert path(RewardModelSpec(both)) == both
-        assert path(RewardModelSpec(saved.classifier, adapter=both)) == saved.classifier
+        assert path(RewardModelSpec(saved.classifier, adapter=both)) == both
 
     def test_subfolders(self, saved, tmp_path):
         make_model().save_pretrained(tmp_path / "harmless")

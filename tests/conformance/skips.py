@@ -1,0 +1,41 @@
+"""
+The tests of Transformers that are not run against a mixture, each with the property of a mixture that rules it out.
+
+Tests that Transformers itself skips, for a model of this kind or on a machine of this kind, are not listed here.
+"""
+
+# Marks a skip as one of ours in a report.
+OURS = "mixture: "
+
+# name of a test, or of a parameterized family of tests -> reason
+ALL: dict[str, str] = {
+    "test_config_parts_by_name": (
+        "it has any number of components, so their configs are a list in its config file and not a field each"
+    ),
+    "test_model_base_model_prefix": (
+        "a mixture is several models with a head each, and not a base model with one head on top"
+    ),
+    "test_resize_tokens_embeddings": (
+        "its components have a table of embeddings each; Transformers' own composite models are exempt as well"
+    ),
+}
+
+# for mixtures of adapters over one base, in addition
+ADAPTERS: dict[str, str] = {
+    "test_generate_compile_model_forward_fullgraph": (
+        "PEFT switches adapters between two components by means that torch.compile breaks the graph at"
+    ),
+    "test_load_save_without_tied_weights": "it is saved as references to a base and adapters, without weights",
+    "test_model_weights_reload_no_missing_tied_weights": (
+        "it is saved as references to a base and adapters, without weights"
+    ),
+    "test_retain_grad_hidden_states_attentions": "adapters are active for inference only: nothing needs a gradient",
+    "test_tied_weights_keys": (
+        "PEFT's wrapper reports the tied weights of the base without its own prefix; the mixture's own list is right"
+    ),
+    "test_tp_plan_matches_params": (
+        "PEFT's wrapper reports the plan of the base without its own prefix; the base is sharded when it is loaded"
+    ),
+    "test_training": "adapters are active for inference only: nothing needs a gradient",
+    "test_training_overfit": "adapters are active for inference only: nothing needs a gradient",
+}

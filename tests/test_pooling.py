@@ -1,0 +1,112 @@
+"""Log-linear pooling of next-token distributions, checked against the definition written out."""
+
+import pytest
+import torch
+
+from mpo_hf.pooling import log_linear_pool, log_normalizer
+
+
+def random_logits(count=3, rows=4, length=5, vocab=7, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [3 * torch.randn(rows, length, vocab, generator=generator).to(dtype) for _ in range(count)]
+
+
+def test_pool_is_the_weighted_sum_of_log_probabilities():
+    logits, weights = random_logits(), torch.tensor([0.2, 0.5, 0.3])
+    expected = sum(w * x.double().log_softmax(-1) for w, x in zip(weights.double(), logits))
+    torch.testing.assert_close(log_linear_pool(logits, weights), expected.float())
+
+
+def test_pool_is_not_renormalised_and_its_normaliser_is_the_lost_mass():
+    logits, weights = random_logits(), torch.tensor([0.2, 0.5, 0.3])
+    products = torch.stack([x.softmax(-1) ** w for w, x in zip(weights, logits)]).prod(0)
+    pooled = log_linear_pool(logits, weights)
+    torch.testing.assert_close(log_normalizer(pooled), products.sum(-1).log())
+    torch.testing.assert_close(pooled.softmax(-1), products / products.sum(-1, keepdim=True))
+    assert (log_normalizer(pooled) < -0.05).all()
+
+
+def test_normaliser_is_zero_where_all_components_agree():
+    (logits,) = random_logits(count=1)
+    pooled = log_linear_pool([logits, logits + 3.0], torch.tensor([0.25, 0.75]))
+    torch.testing.assert_close(log_normalizer(pooled), torch.zeros(4, 5), atol=1e-6, rtol=0)
+    torch.testing.assert_close(pooled, logits.log_softmax(-1))
+
+
+def test_weights_by_row_pool_every_row_with_its_own():
+    logits = random_logits()
+    weights = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5], [0.2, 0.3, 0.5], [0.0, 0.0, 1.0]])
+    pooled = log_linear_pool(logits, weights)
+    for row, own in enumerate(weights):
+        alone = log_linear_pool([x[row : row + 1] for x in logits], own)
+        torch.testing.assert_close(pooled[row : row + 1], alone)
+
+
+def test_logits_of_any_rank_are_pooled_over_their_last_dimension():
+    logits, weights = random_logits(), torch.tensor([0.2, 0.5, 0.3])
+    pooled = log_linear_pool(logits, weights)
+    torch.testing.assert_close(log_linear_pool([x[:, -1] for x in logits], weights), pooled[:, -1])
+    torch.testing.assert_close(log_linear_pool([x[0, -1] for x in logits], weights), pooled[0, -1])
+
+
+def test_impossible_token_stays_impossible_unless_its_component_has_no_weight():
+    sure, open_minded = torch.tensor([[0.0, -torch.inf, 0.0]]), torch.tensor([[0.1, 0.2, 0.3]])
+    pooled = log_linear_pool([sure, open_minded], torch.tensor([0.5, 0.5]))
+    assert pooled[0, 1] == -torch.inf and pooled[0, [0, 2]].isfinite().all()
+    assert log_normalizer(pooled).isfinite().all()
+    without = log_linear_pool([sure, open_minded], torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(without, open_minded.log_softmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_pooled_in_float32(dtype):
+    logits, weights = random_logits(dtype=dtype), torch.tensor([0.2, 0.5, 0.3])
+    pooled = log_linear_pool(logits, weights)
+    assert pooled.dtype == torch.float32
+    torch.testing.assert_close(pooled, log_linear_pool([x.float() for x in logits], weights))
+
+
+def test_float64_logits_keep_their_precision():
+    logits, weights = random_logits(dtype=torch.float64), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    pooled = log_linear_pool(logits, weights)
+    expected = sum(w * x.log_softmax(-1) for w, x in zip(weights, logits))
+    assert pooled.dtype == torch.float64
+    torch.testing.assert_close(pooled, expected, rtol=1e-14, atol=1e-14)
+
+
+def test_negative_weights_subtract_a_component():
+    expert, amateur = random_logits(count=2)
+    pooled = log_linear_pool([expert, amateur], torch.tensor([2.0, -1.0]))
+    torch.testing.assert_close(pooled, 2 * expert.log_softmax(-1) - amateur.log_softmax(-1))
+
+
+def test_components_are_asked_for_one_at_a_time():
+    alive, most = [], 0
+
+    def components():
+        nonlocal most
+        for logits in random_logits(count=3):
+            alive.append(logits)
+            most = max(most, len(alive))
+            yield logits
+            alive.remove(next(x for x in alive if x is logits))
+
+    log_linear_pool(components(), torch.tensor([0.2, 0.5, 0.3]))
+    assert most == 1
+
+
+def test_gradients_reach_weights_and_logits():
+    logits = [x.requires_grad_() for x in random_logits(count=2, dtype=torch.float64, rows=1, length=1)]
+    weights = torch.tensor([0.4, 0.6], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w, *x: log_normalizer(log_linear_pool(x, w)), (weights, *logits))
+
+
+def test_gradient_of_the_normaliser_is_the_expected_log_probability():
+    # ∂ log Z/∂λ_k = E_{v~π_λ}[log π_k(v)]
+    logits = random_logits(count=3, dtype=torch.float64)
+    weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64, requires_grad=True)
+    pooled = log_linear_pool(logits, weights)
+    (gradient,) = torch.autograd.grad(log_normalizer(pooled).sum(), weights)
+    mixture = pooled.detach().softmax(-1)
+    expected = torch.stack([(mixture * x.log_softmax(-1)).sum() for x in logits])
+    torch.testing.assert_close(gradient, expected)
