@@ -193,7 +193,7 @@ class MixtureLogitsProcessor(LogitsProcessor):
                 return_dict=True,
             )
         if self.use_cache:
-            self._cache, self._seen = cache, tokens.clone()
+            self._cache, self._seen = cache, tokens
             self._prompt_length = self._prompt_length if kept else tokens.shape[1]
         return output.logits[:, -1]
 
