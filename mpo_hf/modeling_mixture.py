@@ -404,7 +404,8 @@ class MixturePolicyModel(PresetMixin, PreTrainedModel, GenerationMixin):
                 Accept negative weights and other sums than 1.
             kwargs:
                 Arguments of every component's `from_pretrained`: `dtype`, `device_map`, `token` and so on. What differs
-                between components, `revision` first of all, belongs into their dictionaries.
+                between components, `revision` first of all, belongs into their dictionaries. `attn_implementation`
+                may be a dictionary, with the component k under the key `component_k`.
 
         Returns:
             [`MixturePolicyModel`], in evaluation mode.
