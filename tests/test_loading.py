@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import BOS, VOCAB, fake_hub, load_lora, save_tiny, tiny
+from helpers import BOS, VOCAB, fake_hub, load_lora, save_gguf, save_tiny, tiny
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -96,6 +96,14 @@ def test_subfolder_and_variant_belong_to_their_component(tmp_path):
         MixturePolicyModel.from_policies([{**component, "variant": "other"}])
     with pytest.raises((OSError, ValueError), match="deep"):
         MixturePolicyModel.from_policies([str(tmp_path / "deep")])
+
+
+def test_gguf_file_belongs_to_its_component(tmp_path):
+    model = tiny("llama", 3)
+    save_gguf(tmp_path / "model.gguf", model)
+    component = {"name_or_path": str(tmp_path), "gguf_file": "model.gguf"}
+    mixture = MixturePolicyModel.from_policies([component, tiny("gpt2", 2)], [0.7, 0.3])
+    assert_mixes(mixture, [model, tiny("gpt2", 2)], [0.7, 0.3])
 
 
 def test_components_come_from_repositories_at_their_revision(folders, components, tmp_path):
