@@ -97,11 +97,12 @@ class Hub:
 
     def may_write(self, repo_id: str, user: str | None) -> bool:
         """Whether the user is the owner of a repository, or among them."""
-        namespace = repo_id.split("/")[0]
+        namespace = repo_id.removeprefix("datasets/").split("/")[0]
         return user is not None and (namespace == user or (namespace == "org" and user in self.members))
 
 
-NAME = r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)"
+# datasets are kept under `datasets/`, as in their addresses
+NAME = r"(?P<repo>(?:datasets/)?[\w.-]+(?:/[\w.-]+)?)"
 ROUTES = [
     ("POST", r"/api/repos/create", "create_repo"),
     ("DELETE", r"/api/repos/delete", "delete_repo"),
@@ -135,7 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.user = self.hub.tokens.get(token)
         self.hub.requests.append((self.command, url.path, self.user))
         for methods, pattern, name in ROUTES:
-            if self.command in methods.split("|") and (match := re.fullmatch(pattern, url.path)):
+            path = url.path.replace("/api/datasets/", "/api/models/datasets/", 1)
+            if self.command in methods.split("|") and (match := re.fullmatch(pattern, path)):
                 groups = {key: value and unquote(value) for key, value in match.groupdict().items()}
                 try:
                     return getattr(self, name)(**groups)
