@@ -224,7 +224,7 @@ def component_logps(component, prefixes: list[list[int]]) -> torch.Tensor:
 def pooled_logps(components: list, weights, prefixes: list[list[int]]) -> torch.Tensor:
     """Σ_k λ_k log π_k after every prefix, from one forward a component and length; weights `(K,)` or `(N, K)`."""
     weights = torch.as_tensor(weights, dtype=torch.float64).expand(len(prefixes), -1)
-    pooled = torch.zeros(len(prefixes), VOCAB, dtype=torch.float64)
+    pooled = torch.zeros(len(prefixes), components[0].config.vocab_size, dtype=torch.float64)
     for length in {len(prefix) for prefix in prefixes}:
         rows = [i for i, prefix in enumerate(prefixes) if len(prefix) == length]
         for k, component in enumerate(components):
