@@ -217,8 +217,7 @@ class MixturePolicyModel(PresetMixin, PreTrainedModel, GenerationMixin):
 
         Returns:
             [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: `logits` are the pooled log-probabilities
-            \\(\sum_k \lambda_k \log \pi_k\\) in float32, not renormalised: their `softmax` is the mixture, their
-            `logsumexp` is log Z.
+            Σ λ_k log π_k in float32, not renormalised: their `softmax` is the mixture, their `logsumexp` is log Z.
         """
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache

@@ -58,6 +58,20 @@ def test_every_page_is_in_the_table_of_contents():
     assert sorted(listed) == sorted(page.relative_to(DOCS).with_suffix("").as_posix() for page in DOCS.rglob("*.md"))
 
 
+def test_reference_is_built_from_the_docstrings(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path)}
+    command = [Path(sys.executable).with_name("doc-builder"), "build", "mpo_hf", DOCS, "--build_dir", tmp_path / "built"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert not re.search("warning|error|not found", done.stdout + done.stderr, re.IGNORECASE), done.stdout + done.stderr
+    built = {path.stem: path.read_text() for path in (tmp_path / "built").rglob("reference/*.mdx")}
+    assert {"mixtures", "fitting", "mathematics"} <= built.keys()
+    for name, text in built.items():
+        assert "<docstring>" in text and "[[autodoc]]" not in text, name
+    links = re.findall(r"\[`[^`]+`\](?!\()", "".join(built.values()))
+    assert links == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_between_files_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text()):
