@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from huggingface_hub import is_offline_mode
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import cached_file, is_peft_available, logging
 
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig
@@ -190,9 +197,8 @@ class ComponentLoader:
         """Reads the configuration of a component, and so finds out whether it exists before any weights are loaded."""
         config = self._configs.get(component.checkpoint)
         if config is None:
-            kwargs = hub_kwargs(self.load_kwargs)
             try:
-                config = AutoConfig.from_pretrained(component.name_or_path, **_location(component), **kwargs)
+                config = self._fetch_config(component.name_or_path, **_location(component))
             except (OSError, ValueError) as err:
                 hint = explain_hub_error(err, component.revision)
                 raise type(err)(f"The component {_describe(component)} cannot be opened. {hint}{err}") from err
@@ -201,9 +207,19 @@ class ComponentLoader:
             self._check_adapter(component, config)
         return config
 
+    def _fetch_config(self, name_or_path: str, **location) -> PreTrainedConfig:
+        kwargs = hub_kwargs(self.load_kwargs)
+        if MixturePolicyConfig.model_type not in CONFIG_MAPPING and "gguf_file" not in location:
+            # this code came with a mixture, and the Auto classes know no mixtures
+            reading = {name: value for name, value in kwargs.items() if name != "trust_remote_code"}
+            fields, _ = PreTrainedConfig.get_config_dict(name_or_path, **location, **reading)
+            if fields.get("model_type") == MixturePolicyConfig.model_type:
+                return MixturePolicyConfig.from_dict(fields)
+        return AutoConfig.from_pretrained(name_or_path, **location, **kwargs)
+
     def _check_adapter(self, component: MixtureComponent, config: PreTrainedConfig) -> None:
         if not is_peft_available():
-            raise ImportError(f"The component {_describe(component)} is an adapter; `pip install peft` to load it.")
+            raise _no_peft(component)
         adapter_config = find_adapter_config(component, **hub_kwargs(self.load_kwargs))
         if adapter_config is None:
             offline = is_offline_mode() and not os.path.isdir(component.adapter)
@@ -264,7 +280,11 @@ class ComponentLoader:
         return cached_commit(repo_id, filename, revision, self.load_kwargs.get("cache_dir"))
 
     def _load_adapter(self, index: int, component: MixtureComponent) -> str:
-        from peft import PeftModel
+        # within a `try`, or Transformers would demand PEFT of everybody who opens a mixture that carries this code
+        try:
+            from peft import PeftModel
+        except ImportError as err:
+            raise _no_peft(component) from err
 
         backbone = self.backbones[index]
         adapters = getattr(backbone, "peft_config", {}) if isinstance(backbone, PeftModel) else {}
@@ -383,6 +403,10 @@ def _parameters_of(model_class: type) -> frozenset[str]:
 def _location(component: MixtureComponent) -> dict[str, str]:
     names = ("revision", "subfolder", "gguf_file")
     return {name: value for name in names if (value := getattr(component, name)) is not None}
+
+
+def _no_peft(component: MixtureComponent) -> ImportError:
+    return ImportError(f"The component {_describe(component)} is an adapter; `pip install peft` to load it.")
 
 
 def _describe(component: MixtureComponent) -> str:

@@ -4,7 +4,7 @@ import copy
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -141,6 +141,8 @@ class MixtureComponent:
         """Builds a component from a dictionary, refusing keys that no component has."""
         if isinstance(spec, cls):
             return replace(spec)
+        if is_dataclass(spec) and type(spec).__name__ == cls.__name__:
+            spec = asdict(spec)  # of another copy of this class, which came with the code of a mixture
         known = [field.name for field in fields(cls)]
         if not isinstance(spec, dict) or (unknown := sorted(set(spec) - set(known))):
             what = f"the unknown keys {unknown}" if isinstance(spec, dict) else repr(spec)

@@ -185,6 +185,39 @@ def _parts(config: MixturePolicyConfig) -> dict[str, MixtureComponent]:
 
 
 @contextmanager
+def code_alongside(model: PreTrainedModel, wanted: bool | None = None) -> Iterator[None]:
+    """
+    While it lasts, Transformers saves the code of a mixture's classes along with it, or does not.
+
+    Transformers does so for classes that are registered (`register_for_auto_class`), as those of mixtures that were opened
+    from such files are.
+
+    Args:
+        model ([`MixturePolicyModel`]): the mixture. It and its classes are as before afterwards.
+        wanted (`bool`, *optional*):
+            Whether to save the code. Defaults to whether the mixture came with code, or its class is registered.
+    """
+    config = model.config
+    auto_map = config.__dict__.pop("auto_map", None)
+    if wanted is None:
+        wanted = model.is_remote_code() or "AutoModelForCausalLM" in (auto_map or {})
+    names = {type(model): "AutoModelForCausalLM", type(config): "AutoConfig"}
+    before = {cls: cls._auto_class for cls in names}
+    for cls, name in names.items():
+        cls._auto_class = (cls._auto_class or name) if wanted else None
+    if wanted and auto_map:
+        config.auto_map = dict(auto_map)
+    try:
+        yield
+    finally:
+        for cls, name in before.items():
+            cls._auto_class = name
+        config.__dict__.pop("auto_map", None)
+        if auto_map is not None:
+            config.auto_map = auto_map
+
+
+@contextmanager
 def shared_config(
     model: PreTrainedModel,
     folder: str | os.PathLike,
@@ -265,11 +298,12 @@ def push_mixture(
     tags: list[str] | str | None = None,
     pin: bool = True,
     upload_adapters: bool = False,
+    with_code: bool | None = None,
 ) -> CommitInfo:
     """See [`MixturePolicyModel.push_to_hub`]. Everything is written and checked before the repository is made."""
     api = HfApi()
     with tempfile.TemporaryDirectory() as folder, shared_config(model, folder, token, pin, upload_adapters):
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.save_pretrained(folder, max_shard_size=max_shard_size, with_code=with_code)
         repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         _model_card(model, repo_id, tags, token).save(os.path.join(folder, "README.md"))
         if revision is not None and not revision.startswith("refs/pr") and not create_pr:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from .component_loading import ComponentLoader, Policy, PolicyHandle, forward_parameters
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig, check_mixture_weights
-from .hub import PUSH_ARGUMENTS, push_mixture
+from .hub import PUSH_ARGUMENTS, code_alongside, push_mixture
 from .mixture_building import build_mixture, open_mixture, read_mixture_config
 from .mixture_cache import bind_cache, component_views
 from .pooling import log_linear_pool, rule_out_implausible
@@ -462,13 +462,17 @@ class MixturePolicyModel(PresetMixin, PreTrainedModel, GenerationMixin):
             return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return model
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *, with_code: bool | None = None, **kwargs) -> None:
         """
         Saves the mixture's config and generation config. Components are referred to, their weights are not written;
         only a mixture whose components were all given in memory is written whole, like any other model.
 
         Args:
             save_directory (`str` or `os.PathLike`): folder to save to; it is created where needed.
+            with_code (`bool`, *optional*):
+                Whether to save the code of this class too, so that the mixture opens by
+                [`~transformers.AutoModelForCausalLM.from_pretrained`] with `trust_remote_code=True` where mpo_hf is not
+                installed. Defaults to whether the mixture was opened from files that came with code.
             kwargs: see [`~transformers.PreTrainedModel.save_pretrained`]. With `push_to_hub=True`, arguments of
                 [`~MixturePolicyModel.push_to_hub`] too; `repo_id` defaults to the name of the folder.
 
@@ -478,18 +482,20 @@ class MixturePolicyModel(PresetMixin, PreTrainedModel, GenerationMixin):
         push_kwargs = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
         push = kwargs.pop("push_to_hub", False) and kwargs.get("is_main_process", True)
         in_memory = [label for label, c in zip(self.config.labels, self.config.components) if c.name_or_path is None]
-        if len(in_memory) == len(self.policies):
-            self._save_whole(save_directory, **kwargs)
-        elif in_memory:
-            raise ValueError(
-                f"The components {in_memory} were given in memory, so that a config cannot say where they live. Save "
-                "them, and mix them by their folders or repo ids."
-            )
-        else:
-            # an empty state dict: stock saving writes the configs, and no weights
-            super().save_pretrained(save_directory, **{**kwargs, "state_dict": {}})
+        with code_alongside(self, with_code):
+            if len(in_memory) == len(self.policies):
+                self._save_whole(save_directory, **kwargs)
+            elif in_memory:
+                raise ValueError(
+                    f"The components {in_memory} were given in memory, so that a config cannot say where they live. Save "
+                    "them, and mix them by their folders or repo ids."
+                )
+            else:
+                # an empty state dict: stock saving writes the configs, and no weights
+                super().save_pretrained(save_directory, **{**kwargs, "state_dict": {}})
         if push:
             push_kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            push_kwargs["with_code"] = with_code
             shared = {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
             self.push_to_hub(**push_kwargs, **shared)
 
@@ -507,6 +513,7 @@ class MixturePolicyModel(PresetMixin, PreTrainedModel, GenerationMixin):
         tags: list[str] | str | None = None,
         pin_revisions: bool = True,
         upload_adapters: bool = False,
+        with_code: bool | None = None,
     ) -> CommitInfo:
         """
         Uploads the mixture to the Hub, in one commit: its config with every component pinned to the commit that it was
@@ -537,6 +544,8 @@ class MixturePolicyModel(PresetMixin, PreTrainedModel, GenerationMixin):
             upload_adapters (`bool`, *optional*, defaults to `False`):
                 Whether to upload adapters that live in folders into `adapters/` of the repo. Their bases must be on the
                 Hub.
+            with_code (`bool`, *optional*):
+                Whether to upload the code of this class too; see [`~MixturePolicyModel.save_pretrained`].
 
         Returns:
             [`~huggingface_hub.CommitInfo`]
@@ -558,6 +567,7 @@ class MixturePolicyModel(PresetMixin, PreTrainedModel, GenerationMixin):
             tags=tags,
             pin=pin_revisions,
             upload_adapters=upload_adapters,
+            with_code=with_code,
         )
 
     def _save_whole(self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs) -> None:

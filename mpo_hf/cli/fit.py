@@ -141,6 +141,7 @@ SECTIONS = {
         "hub_model_id",
         "hub_private_repo",
         "hub_upload_adapters",
+        "hub_with_code",
         "hub_pin_revisions",
     ],
 }

@@ -21,6 +21,10 @@ class PushArguments:
     upload_adapters: bool = field(
         default=False, metadata={"help": "Upload adapters that live in folders with the mixture."}
     )
+    with_code: bool = field(
+        default=False,
+        metadata={"help": "Upload the code of the mixture too, so that it opens where mpo_hf is not installed."},
+    )
     revision: str | None = field(default=None, metadata={"help": "Branch to push to."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of a commit."})
     commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
@@ -43,7 +47,7 @@ def make_parser() -> CommandParser:
         sections={
             "mixture": ["mixture"],
             "repository": ["repo_id", "private", "revision", "create_pr", "commit_message"],
-            "policies": ["pin", "upload_adapters"],
+            "contents": ["pin", "upload_adapters", "with_code"],
         },
         examples=EXAMPLES,
     )
@@ -61,6 +65,7 @@ def run(argv: Sequence[str]) -> None:
         private=args.private or None,
         pin_revisions=args.pin,
         upload_adapters=args.upload_adapters,
+        with_code=args.with_code or None,  # a mixture that came with code keeps it
         revision=args.revision,
         create_pr=args.create_pr,
         commit_message=args.commit_message,

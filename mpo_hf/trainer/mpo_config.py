@@ -64,6 +64,9 @@ class MPOConfig(TrainingArguments):
             Whether what is pushed to the Hub pins policies to the commits that they were loaded from.
         hub_upload_adapters (`bool`, *optional*, defaults to `False`):
             Whether adapters that live in folders are pushed to the Hub with the mixture. Without, they are an error.
+        hub_with_code (`bool`, *optional*, defaults to `False`):
+            Whether the mixture is saved and pushed with the code of its class, so that it opens where mpo_hf is not
+            installed; see [`MixturePolicyModel.save_pretrained`].
         kwargs:
             See [`~transformers.TrainingArguments`]. Defaults that differ: a constant learning rate, logging at every
             step, a checkpoint at every step (a few kB: no policy weights; the last 2 are kept), no gradient clipping.
@@ -114,6 +117,7 @@ class MPOConfig(TrainingArguments):
     )
     hub_pin_revisions: bool = field(default=True, metadata={"help": "Push policies pinned to commits."})
     hub_upload_adapters: bool = field(default=False, metadata={"help": "Push adapters in folders with the mixture."})
+    hub_with_code: bool = field(default=False, metadata={"help": "Save and push the code of the mixture with it."})
 
     # Defaults of TrainingArguments that do not suit a fit of K numbers
     learning_rate: float | None = field(default=None, metadata={"help": "Step size. Default: step_scale/sqrt(T)."})

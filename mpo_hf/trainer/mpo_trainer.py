@@ -29,7 +29,7 @@ from trl import is_conversational
 
 from ..component_loading import Policy, hub_kwargs
 from ..configuration_mixture import MixturePolicyConfig
-from ..hub import check_pushable, shared_config
+from ..hub import check_pushable, code_alongside, shared_config
 from ..model_card import create_model_card
 from ..modeling_mixture import MixturePolicyModel
 from ..objectives import dual_objective, effective_sample_size, implicit_dual_objective, on_policy_objective
@@ -178,6 +178,7 @@ class MPOTrainer(Trainer):
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.model_accepts_loss_kwargs = False
         model.requires_grad_(False)
+        model._fits_weights_only = True
         model.add_model_tags(self._tag_names)
         set_seed(args.seed, device_specific=True)
         self._eos_token_ids = _eos_token_ids(model, processing_class)
@@ -461,7 +462,10 @@ class MPOTrainer(Trainer):
         # checkpoints of a mixture whose models were given in memory hold its config only: nothing in them changes
         whole = all(component.name_or_path is None for component in self.model.config.components)
         if not whole or output_dir in (None, self.args.output_dir) or not self._is_checkpoint(output_dir):
-            with self._shared_config(output_dir or self.args.output_dir, wanted=self.args.push_to_hub):
+            with (
+                self._shared_config(output_dir or self.args.output_dir, wanted=self.args.push_to_hub),
+                code_alongside(self.model, self.args.hub_with_code or None),
+            ):
                 return super()._save(output_dir, state_dict)
         self.model.config.save_pretrained(output_dir)
         self.processing_class.save_pretrained(output_dir)
