@@ -10,6 +10,7 @@ from torch import nn
 from transformers import DynamicCache, LogitsProcessor
 from transformers.cache_utils import Cache
 
+from .compat import activate_adapter
 from .component_loading import Policy
 from .configuration_mixture import MixtureComponent, check_mixture_weights
 from .modeling_mixture import MixturePolicyModel
@@ -286,14 +287,12 @@ def _adapters_left_alone(backbones: Sequence[nn.Module]) -> Iterator[None]:
     """Puts adapters back as they were: the calling model may be another adapter of one of these models."""
     adapted = [b for b in backbones if hasattr(b, "get_base_model")]
     active = [b.active_adapter for b in adapted]
-    trained = [any(p.requires_grad for p in b.parameters()) for b in adapted]
     # a property of PEFT's layers, a method of models
     disabled = [any(getattr(m, "disable_adapters", None) is True for m in b.modules()) for b in adapted]
     try:
         yield
     finally:
         for k, backbone in enumerate(adapted):
-            backbone.base_model.enable_adapter_layers()
-            backbone.set_adapter(active[k], inference_mode=not trained[k])
+            activate_adapter(backbone, active[k])
             if disabled[k]:
-                backbone.base_model.disable_adapter_layers()
+                activate_adapter(backbone, None)

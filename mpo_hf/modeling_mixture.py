@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
+from .compat import activate_adapter, correct_parallel_plans, correct_tied_weights
 from .component_loading import ComponentLoader, Policy, PolicyHandle, forward_parameters
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig, check_mixture_weights
 from .hub import PUSH_ARGUMENTS, code_alongside, push_mixture
@@ -120,6 +121,13 @@ class MixturePolicyModel(PresetMixin, PreTrainedModel, GenerationMixin):
         else:
             # models in memory come initialised and tied; PEFT's wrapper passes on tied names without its own prefix
             self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        return correct_tied_weights(self, super().get_expanded_tied_weights_keys(all_submodels))
+
+    def init_parallel_plans(self):
+        super().init_parallel_plans()
+        correct_parallel_plans(self)
 
     # ---- weights and policies ----
 
@@ -302,7 +310,7 @@ class MixturePolicyModel(PresetMixin, PreTrainedModel, GenerationMixin):
         """Logits of component `k` over the common token ids; hidden states and attentions are added to `extras`."""
         handle = self.policies[k]
         backbone = self.backbones[handle.backbone]
-        _activate_adapter(backbone, handle.adapter)
+        activate_adapter(backbone, handle.adapter)
         accepted = forward_parameters(backbone)
         keep = inputs["logits_to_keep"]
         inputs = {n: v for n, v in inputs.items() if n in accepted or n not in ("position_ids", "logits_to_keep")}
@@ -611,13 +619,3 @@ def _positions(
     if position_ids is not None or attention_mask is None or attention_mask.ndim != 2:
         return position_ids
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-
-
-def _activate_adapter(backbone: nn.Module, adapter: str | None) -> None:
-    if not hasattr(backbone, "get_base_model"):
-        return
-    if adapter is None:
-        backbone.base_model.disable_adapter_layers()
-    else:
-        backbone.base_model.enable_adapter_layers()
-        backbone.set_adapter(adapter, inference_mode=True)

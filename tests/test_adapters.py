@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 
 import pytest
@@ -11,7 +12,8 @@ from helpers import BOS, fake_hub, load_lora, save_lora, save_tiny, tiny
 from peft import IA3Config, PrefixTuningConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM
 
-from mpo_hf import MixturePolicyModel
+from mpo_hf import MixturePolicyConfig, MixturePolicyModel
+from mpo_hf.component_loading import PolicyHandle
 
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}
@@ -161,6 +163,66 @@ def test_loading_an_adapter_leaves_a_mixture_over_the_same_base_alone(folders):
     before = first(IDS).logits
     MixturePolicyModel.from_policies([first, folders.kind])
     torch.testing.assert_close(first(IDS).logits, before, rtol=0, atol=0)
+
+
+# ---- training, compiling, tied weights ----
+
+
+def two_trained(folders, tmp_path, **changes):
+    """Two adapters of one model in memory, both to be trained, and their mixture."""
+    folder = save_lora(tmp_path / "more", folders.base, 33, **changes)
+    model = load_lora(folders.kind, folders.base)
+    model.load_adapter(folder, "more")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "lora_" in name
+    config = MixturePolicyConfig(component_configs=[model.config] * 2, mixture_weights=[0.3, 0.7])
+    mixture = MixturePolicyModel(config, [model], [PolicyHandle(0, "default"), PolicyHandle(0, "more")])
+    return mixture.eval(), [load_lora(folders.kind, folders.base), load_lora(folder, folders.base)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"modules_to_save": ["lm_head"]}], ids=["lora", "lora and a module"])
+def test_every_adapter_that_is_trained_gets_its_gradient(folders, tmp_path, changes):
+    mixture, alone = two_trained(folders, tmp_path, **changes)
+    trained = {name for name, parameter in mixture.named_parameters() if parameter.requires_grad}
+    mixture(IDS).logits[..., 5].sum().backward()
+    assert {name for name, parameter in mixture.named_parameters() if parameter.requires_grad} == trained
+    gradients = dict(mixture.named_parameters())
+    for weight, adapter, model in zip([0.3, 0.7], ["default", "more"], alone, strict=True):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = "lora_" in name
+        (weight * model(IDS).logits.log_softmax(-1)[..., 5].sum()).backward()
+        own = {name: parameter.grad for name, parameter in model.named_parameters() if "lora_" in name}
+        assert own and all(gradient.any() for gradient in own.values())
+        for name, gradient in own.items():
+            found = gradients["backbone_0." + name.replace(".default.", f".{adapter}.")].grad
+            torch.testing.assert_close(found, gradient, **CLOSE)
+
+
+def test_mixture_of_adapters_is_one_graph(folders):
+    mixture = MixturePolicyModel.from_policies([folders.kind, folders.terse, folders.base], weights=[0.2, 0.3, 0.5])
+    compiled = torch.compile(mixture, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for ids in (IDS, IDS.flip(0)):  # the adapter that ran last is active when the second starts
+            torch.testing.assert_close(compiled(ids).logits, mixture(ids).logits, **CLOSE)
+
+
+def test_tied_weights_stay_tied_where_an_adapter_lies_over_them(tmp_path):
+    base = save_tiny(tmp_path / "base", "llama", 20, tie_word_embeddings=True)
+    adapter = save_lora(tmp_path / "adapter", base, 34, target_modules=["lm_head"])
+    mixture = MixturePolicyModel.from_policies([adapter, base])
+    before = mixture(IDS).logits
+    mixture.tie_weights()
+    torch.testing.assert_close(mixture(IDS).logits, before, rtol=0, atol=0)
+    parameters = dict(mixture.named_parameters(remove_duplicate=False))
+    assert mixture.all_tied_weights_keys
+    for target, source in mixture.all_tied_weights_keys.items():
+        assert parameters[target] is parameters[source]
+
+
+def test_plans_to_split_a_mixture_name_modules_of_it(folders, tmp_path):
+    mixture = MixturePolicyModel.from_policies([folders.kind, save_tiny(tmp_path / "other", "llama", 22)])
+    modules = {re.sub(r"\.\d+", ".*", name) for name, _ in mixture.named_modules()}
+    assert len(mixture.tp_plan) > 2 and mixture.tp_plan.keys() <= modules
 
 
 # ---- what is refused ----

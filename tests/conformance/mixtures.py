@@ -16,6 +16,7 @@ from mpo_hf.component_loading import PolicyHandle
 
 SHAPE = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 HIDDEN_SIZE, NUM_HEADS = 32, 4
+ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 
 
 def llama_config(**kwargs) -> LlamaConfig:
@@ -87,10 +88,13 @@ class AdapterMixture(MixturePolicyModel, GenerationMixin):
 
 def random_adapters(config: MixturePolicyConfig, names: Sequence[str]) -> nn.Module:
     """A base with one adapter a component; adapters start as zero, so they are moved away from it."""
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    lora = LoraConfig(r=16, target_modules=ADAPTED, init_lora_weights=False, task_type="CAUSAL_LM")
     base = AutoModelForCausalLM.from_config(config.component_configs[0])
+    base.enable_input_require_grads()
     config.component_configs = [base.config] * len(names)  # adapters over one base share its configuration
     model = get_peft_model(base, lora, names[0])
     for name in names[1:]:
         model.add_adapter(name, lora)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "lora_" in name  # PEFT itself would train the active adapter only
     return model

@@ -22,20 +22,8 @@ ALL: dict[str, str] = {
 
 # for mixtures of adapters over one base, in addition
 ADAPTERS: dict[str, str] = {
-    "test_generate_compile_model_forward_fullgraph": (
-        "PEFT switches adapters between two components by means that torch.compile breaks the graph at"
-    ),
     "test_load_save_without_tied_weights": "it is saved as references to a base and adapters, without weights",
     "test_model_weights_reload_no_missing_tied_weights": (
         "it is saved as references to a base and adapters, without weights"
     ),
-    "test_retain_grad_hidden_states_attentions": "adapters are active for inference only: nothing needs a gradient",
-    "test_tied_weights_keys": (
-        "PEFT's wrapper reports the tied weights of the base without its own prefix; the mixture's own list is right"
-    ),
-    "test_tp_plan_matches_params": (
-        "PEFT's wrapper reports the plan of the base without its own prefix; the base is sharded when it is loaded"
-    ),
-    "test_training": "adapters are active for inference only: nothing needs a gradient",
-    "test_training_overfit": "adapters are active for inference only: nothing needs a gradient",
 }
