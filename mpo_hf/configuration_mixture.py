@@ -319,7 +319,13 @@ class MixturePolicyConfig(PreTrainedConfig):
         parts = self.__dict__.get("component_configs", [])
         if prefix == "component" and k.isdecimal() and int(k) < len(parts):
             return parts[int(k)]
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        message = f"{type(self).__name__!r} object has no attribute {name!r}"
+        if name == "auto_map":  # TRL looks for it where a trainer is given the name of a model that it does not know
+            message += (
+                ". This mixture came without code, and cannot be trained. A trainer that takes it as reference or teacher "
+                "needs the model, not its name: open it by `AutoModelForCausalLM.from_pretrained`."
+            )
+        raise AttributeError(message)
 
     def _first_of(self, name: str) -> Any:
         return next((v for c in self.decoder_configs if (v := getattr(c, name, None)) is not None), None)
