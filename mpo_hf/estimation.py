@@ -1,0 +1,389 @@
+r"""
+Mixture weights from a table of completions: multiple importance sampling, the exact minimum on the table, and how far
+from the true one it is.
+
+Every objective of MPO comes down to one form. With rows j of a table, each a completion of a prompt x,
+
+$$ \hat F(\lambda) = \frac1P \sum_x \log \sum_{j \in x} \exp\Big(b_j + \sum_k \lambda_k a_{jk}\Big) $$
+
+where \\(a_{jk} = P(r_k)(x, y_j)/\beta\\) and \\(b_j\\) is the logarithm of a self-normalised importance weight
+\\(\pi_{ref}(y_j)/q(y_j)\\), or, with implicit rewards, \\(a_{jk} = \log \pi_k(y_j)\\) and \\(b_j = -\log q(y_j) - \log m_x\\).
+It is convex, so that its minimum over the simplex is found to any precision without another sample.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+# numbers of one batch of bootstrap replicates; what is held at a time is about this many float64
+_CHUNK = 4_000_000
+
+
+@dataclass
+class DualTable:
+    r"""
+    The dual objective of a table of N completions of P prompts.
+
+    Args:
+        prompt (`torch.LongTensor` of shape `(N,)`): which prompt, 0 to P - 1, every row belongs to.
+        offsets (`torch.Tensor` of shape `(N,)`): \\(b_j\\), float64.
+        advantages (`torch.Tensor` of shape `(N, K)`): \\(a_{jk}\\), float64.
+    """
+
+    prompt: torch.Tensor
+    offsets: torch.Tensor
+    advantages: torch.Tensor
+
+    def __post_init__(self):
+        if len(self.prompt) == 0:
+            raise ValueError("A table without completions says nothing about the weights.")
+        for name in ("offsets", "advantages"):
+            if torch.isnan(getattr(self, name)).any() or (getattr(self, name) == torch.inf).any():
+                raise ValueError(
+                    f"`{name}` must be numbers: look for log-probabilities or rewards that are not finite."
+                )
+
+    @property
+    def num_prompts(self) -> int:
+        return int(self.prompt.max()) + 1
+
+    @property
+    def num_objectives(self) -> int:
+        return self.advantages.shape[-1]
+
+    def by_prompt(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            weights (`torch.Tensor`): B vectors of mixture weights, shape `(B, K)`.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: the terms of F̂ of every prompt, shape `(P, B)`, and the shares that the
+            completions have in them, shape `(N, B)`: they sum to 1 over each prompt.
+        """
+        exponents = self.offsets.unsqueeze(-1) + self.advantages @ weights.T
+        values = segment_logsumexp(exponents, self.prompt, self.num_prompts)
+        return values, (exponents - values[self.prompt]).exp_()
+
+    def expected_advantages(self, weights: torch.Tensor) -> torch.Tensor:
+        """The expectation of every advantage under the policy that `weights` of shape `(K,)` stand for, `(P, K)`."""
+        _, shares = self.by_prompt(weights.unsqueeze(0))
+        sums = self.advantages.new_zeros(self.num_prompts, self.num_objectives)
+        return sums.index_add_(0, self.prompt, shares * self.advantages)
+
+    def effective_sample_sizes(self, weights: torch.Tensor) -> torch.Tensor:
+        """Effective sample size of every prompt, as a fraction of its completions, shape `(P,)`."""
+        _, shares = self.by_prompt(weights.unsqueeze(0))
+        squares = shares.new_zeros(self.num_prompts).index_add_(0, self.prompt, shares[:, 0] ** 2)
+        counts = torch.bincount(self.prompt, minlength=self.num_prompts)
+        return 1 / (squares * counts)
+
+
+def segment_logsumexp(values: torch.Tensor, segment: torch.Tensor, num_segments: int) -> torch.Tensor:
+    """
+    Log-sum-exp over the rows of each segment.
+
+    Args:
+        values (`torch.Tensor`): shape `(N, B)`.
+        segment (`torch.LongTensor`): the segment of every row, shape `(N,)`.
+        num_segments (`int`): how many segments there are; each has at least one row.
+
+    Returns:
+        `torch.Tensor` of shape `(num_segments, B)`.
+    """
+    index = segment.unsqueeze(-1).expand_as(values)
+    largest = values.new_full((num_segments, values.shape[-1]), -torch.inf).scatter_reduce(0, index, values, "amax")
+    largest = largest.clamp(min=torch.finfo(values.dtype).min)
+    sums = torch.zeros_like(largest).index_add_(0, segment, (values - largest[segment]).exp_())
+    return sums.log() + largest
+
+
+def balance_heuristic(prompt: torch.Tensor, proposal: torch.Tensor, proposal_logps: torch.Tensor) -> torch.Tensor:
+    r"""
+    The density that completions of several proposals were drawn from together, prompt by prompt:
+    \\(q(y) = \sum_s \frac{m_{xs}}{m_x} q_s(y)\\), with \\(m_{xs}\\) of the \\(m_x\\) completions of prompt x drawn from
+    \\(q_s\\) (the balance heuristic of multiple importance sampling; Veach and Guibas, 1995).
+
+    Args:
+        prompt (`torch.LongTensor` of shape `(N,)`): which prompt every row belongs to.
+        proposal (`torch.LongTensor` of shape `(N,)`): which of S proposals drew every row.
+        proposal_logps (`torch.Tensor` of shape `(N, S)`):
+            \\(\log q_s(y_j)\\) under every proposal; those of proposals that drew nothing for that prompt are not used.
+
+    Returns:
+        `torch.Tensor`: \\(\log q(y_j)\\), shape `(N,)`.
+    """
+    counts = proposal_logps.new_zeros(int(prompt.max()) + 1, proposal_logps.shape[-1])
+    counts.index_put_((prompt, proposal), proposal_logps.new_ones(()), accumulate=True)
+    shares = (counts / counts.sum(-1, keepdim=True))[prompt]
+    return torch.where(shares > 0, shares.log() + proposal_logps, -torch.inf).logsumexp(-1)
+
+
+def reward_table(
+    prompt: torch.Tensor,
+    advantages: torch.Tensor,
+    reference_logps: torch.Tensor,
+    proposal_logps: torch.Tensor,
+    normalize: bool = True,
+) -> DualTable:
+    r"""
+    The table of the dual objective with rewards, \\(E_x \log E_{y \sim \pi_{ref}} \exp(\sum_k \lambda_k a_k)\\).
+
+    Args:
+        prompt (`torch.LongTensor` of shape `(N,)`): which prompt every row belongs to.
+        advantages (`torch.Tensor` of shape `(N, K)`): \\(r_k(x, y_j)/\beta\\).
+        reference_logps (`torch.Tensor` of shape `(N,)`): \\(\log \pi_{ref}(y_j)\\).
+        proposal_logps (`torch.Tensor` of shape `(N,)`): \\(\log q(y_j)\\); see [`balance_heuristic`].
+        normalize (`bool`, *optional*, defaults to `True`):
+            Whether to apply the paper's P: an advantage then counts relative to what a policy of its own could reach.
+    """
+    num_prompts = int(prompt.max()) + 1
+    ratios = (reference_logps - proposal_logps).unsqueeze(-1)
+    offsets = ratios - segment_logsumexp(ratios, prompt, num_prompts)[prompt]
+    if normalize:
+        advantages = advantages - segment_logsumexp(offsets + advantages, prompt, num_prompts)[prompt]
+    return DualTable(prompt, offsets.squeeze(-1), advantages)
+
+
+def implicit_table(prompt: torch.Tensor, policy_logps: torch.Tensor, proposal_logps: torch.Tensor) -> DualTable:
+    r"""
+    The table of the dual objective with implicit rewards, \\(E_x \log E_{y \sim q} \prod_k \pi_k(y)^{\lambda_k}/q(y)\\).
+
+    Args:
+        prompt (`torch.LongTensor` of shape `(N,)`): which prompt every row belongs to.
+        policy_logps (`torch.Tensor` of shape `(N, K)`): \\(\log \pi_k(y_j)\\).
+        proposal_logps (`torch.Tensor` of shape `(N,)`): \\(\log q(y_j)\\); see [`balance_heuristic`].
+    """
+    counts = torch.bincount(prompt).to(proposal_logps)
+    return DualTable(prompt, -proposal_logps - counts.log()[prompt], policy_logps)
+
+
+def project_to_simplex(points: torch.Tensor) -> torch.Tensor:
+    """The nearest points of the simplex, by sorting (Duchi et al., 2008). Shape `(..., K)`."""
+    ordered, _ = points.sort(dim=-1, descending=True)
+    excess = ordered.cumsum(-1) - 1
+    ranks = torch.arange(1, points.shape[-1] + 1, dtype=points.dtype, device=points.device)
+    support = (ordered * ranks > excess).sum(-1, keepdim=True)
+    return (points - excess.gather(-1, support - 1) / support).clamp(min=0)
+
+
+def minimize_dual(
+    table: DualTable,
+    prompt_weights: torch.Tensor | None = None,
+    start: torch.Tensor | None = None,
+    tolerance: float = 1e-9,
+    max_iterations: int = 100,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    The exact minimum of \\(\hat F\\) over the simplex, by Newton's method: a quadratic model of F̂ is minimised over the
+    simplex at each step. One pass over the table an iteration, whatever K.
+
+    Args:
+        table ([`DualTable`]): the table.
+        prompt_weights (`torch.Tensor` of shape `(B, P)`, *optional*):
+            Weights of the prompts, rows with sum 1, for B minima at a time. Defaults to equal weights, and B = 1.
+        start (`torch.Tensor` of shape `(K,)`, *optional*): where to start. Defaults to uniform weights.
+        tolerance (`float`, *optional*, defaults to 1e-9):
+            Iterations end when \\(\max_k \nabla \hat F \cdot (\lambda - e_k)\\), which bounds the distance of F̂ from its
+            minimum, is below it.
+        max_iterations (`int`, *optional*, defaults to 100): iterations at most.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: minimisers of shape `(B, K)` and minima of shape `(B,)`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from mpo_hf.estimation import implicit_table, minimize_dual
+
+    >>> logps = torch.tensor([[0.8, 0.2], [0.2, 0.8]], dtype=torch.float64).log()  # two policies, two completions
+    >>> table = implicit_table(torch.tensor([0, 0]), logps, torch.full((2,), 0.5, dtype=torch.float64).log())
+    >>> weights, minimum = minimize_dual(table)
+    >>> weights
+    tensor([[0.5000, 0.5000]], dtype=torch.float64)
+    ```
+    """
+    if prompt_weights is None:
+        prompt_weights = table.offsets.new_full((1, table.num_prompts), 1 / table.num_prompts)
+    if start is None:
+        start = table.offsets.new_full((table.num_objectives,), 1 / table.num_objectives)
+    rows = max(1, _CHUNK // len(table.prompt))
+    found = [_minimize(table, chunk, start, tolerance, max_iterations) for chunk in prompt_weights.split(rows)]
+    return torch.cat([weights for weights, _ in found]), torch.cat([minimum for _, minimum in found])
+
+
+def _minimize(
+    table: DualTable, prompt_weights: torch.Tensor, start: torch.Tensor, tolerance: float, max_iterations: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = start.to(prompt_weights).expand(len(prompt_weights), -1).clone()
+    value, gradient, hessian = _derivatives(table, prompt_weights, weights)
+    for _ in range(max_iterations):
+        distance = (gradient * weights).sum(-1) - gradient.min(-1).values
+        open_ = distance > tolerance
+        if not open_.any():
+            break
+        direction = _quadratic_minimum(weights, gradient, hessian) - weights
+        slope = (gradient * direction).sum(-1)
+        step = torch.ones_like(value)
+        for _ in range(30):  # Armijo; a full step is taken near the minimum
+            new_value = _value(table, prompt_weights, weights + step.unsqueeze(-1) * direction)
+            short = open_ & (new_value > value + 1e-4 * step * slope + 1e-15 * value.abs())
+            if not short.any():
+                break
+            step = torch.where(short, step / 2, step)
+        weights = torch.where(open_.unsqueeze(-1), weights + step.unsqueeze(-1) * direction, weights)
+        value, gradient, hessian = _derivatives(table, prompt_weights, weights)
+    return weights, value
+
+
+def _value(table: DualTable, prompt_weights: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    values, _ = table.by_prompt(weights)
+    return (prompt_weights.T * values).sum(0)
+
+
+def _derivatives(
+    table: DualTable, prompt_weights: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """F̂ of B weightings of the prompts, its gradients `(B, K)` and Hessians `(B, K, K)`."""
+    values, shares = table.by_prompt(weights)
+    advantages, prompt = table.advantages, table.prompt
+    num_weights, num_objectives = weights.shape
+    weighted = shares * prompt_weights.T[prompt]
+    gradient = weighted.T @ advantages
+    second = torch.einsum("nb,nk,nl->bkl", weighted, advantages, advantages)
+    for k in range(num_objectives):  # one objective at a time: (N, B, K) numbers would not fit
+        mean_k = shares.new_zeros(values.shape).index_add_(0, prompt, shares * advantages[:, k : k + 1])
+        second[:, k] -= (weighted * mean_k[prompt]).T @ advantages
+    return (prompt_weights.T * values).sum(0), gradient, (second + second.transpose(1, 2)) / 2
+
+
+def _quadratic_minimum(
+    weights: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, iterations: int = 200
+) -> torch.Tensor:
+    """Minimises the quadratic models of B functions over the simplex, by projected gradients with momentum (FISTA)."""
+    lipschitz = torch.linalg.matrix_norm(hessian, ord=2).clamp(min=1e-12)[:, None]
+    point, momentum, t = weights, weights, 1.0
+    for i in range(iterations):
+        slope = gradient + torch.einsum("bkl,bl->bk", hessian, momentum - weights)
+        new = project_to_simplex(momentum - slope / lipschitz)
+        t_new = (1 + (1 + 4 * t * t) ** 0.5) / 2
+        moved = (new - point).abs().amax()
+        momentum, point, t = new + (t - 1) / t_new * (new - point), new, t_new
+        if i % 10 == 9 and moved < 1e-13:
+            break
+    return point
+
+
+@dataclass
+class Certificate:
+    r"""
+    How good fitted weights are, from the completions that they were fitted on; see [`certify`].
+
+    Args:
+        weights (`torch.Tensor` of shape `(K,)`): the mixture weights λ.
+        standard_errors (`torch.Tensor` of shape `(K,)`): standard errors of the weights that minimise F̂.
+        dual_objective (`float`): F̂(λ).
+        duality_gap (`float`): F̂(λ) less its minimum on the same completions; 0 for the minimiser itself.
+        duality_gap_bound (`float`):
+            Upper confidence bound of F(λ) - F(λ*), in nats. \(E_x \mathrm{KL}(\pi^* \| \pi_\lambda)\) is no larger.
+        confidence (`float`): the level of the bound and of the intervals.
+        rewards (`torch.Tensor` of shape `(K,)`, *optional*):
+            Expected reward of every objective under the mixture with these weights.
+        reward_errors (`torch.Tensor` of shape `(K,)`, *optional*): their standard errors.
+        active (`torch.Tensor` of shape `(K,)`):
+            The fraction of the replicates in which an objective has weight: near 1 for those that bind, near 0 for those
+            that are better off than the worst.
+        effective_sample_size (`float`): mean effective sample size, as a fraction of a prompt's completions.
+    """
+
+    weights: torch.Tensor
+    standard_errors: torch.Tensor
+    dual_objective: float
+    duality_gap: float
+    duality_gap_bound: float
+    confidence: float
+    active: torch.Tensor
+    effective_sample_size: float
+    rewards: torch.Tensor | None = None
+    reward_errors: torch.Tensor | None = None
+
+
+def certify(
+    table: DualTable,
+    weights: torch.Tensor,
+    rewards: torch.Tensor | None = None,
+    num_resamples: int = 200,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Certificate:
+    r"""
+    A confidence bound of the duality gap F(λ) - F(λ*), and standard errors, by the bootstrap over prompts.
+
+    In every replicate the prompts are drawn anew, with all their completions. How far F̂ at `weights` then lies above
+    its new minimum is what the gap would look like if the prompts at hand were all that there are. As with any
+    bootstrap the bound is too small for few prompts; it is widened by the ratio of Hotelling's distribution to its limit.
+    It does not know the bias of a log of a mean, which falls with the completions a prompt: with an effective sample
+    size of a few completions, do not believe it.
+
+    Args:
+        table ([`DualTable`]): the table.
+        weights (`torch.Tensor` of shape `(K,)`): the mixture weights λ in question.
+        rewards (`torch.Tensor` of shape `(N, K)`, *optional*): rewards of the completions, on their own scale.
+        num_resamples (`int`, *optional*, defaults to 200): replicates.
+        confidence (`float`, *optional*, defaults to 0.95): level of the bound.
+        seed (`int`, *optional*, defaults to 0): seed of the replicates.
+
+    Returns:
+        [`Certificate`]
+
+    Raises:
+        `ValueError`: for fewer than two prompts, which say nothing about others.
+    """
+    num_prompts = table.num_prompts
+    if num_prompts < 2:
+        raise ValueError("A certificate needs completions of at least 2 prompts, got 1.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"`confidence` must be between 0 and 1, got {confidence}.")
+    weights = weights.to(table.offsets)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(num_prompts, (num_resamples, num_prompts), generator=generator)
+    counts = torch.zeros(num_resamples, num_prompts, dtype=torch.float64)
+    counts.scatter_add_(1, drawn, torch.ones_like(counts)).div_(num_prompts)
+
+    by_prompt, shares = table.by_prompt(weights.unsqueeze(0))
+    (best,), (minimum,) = minimize_dual(table, start=weights)
+    replicates, minima = minimize_dual(table, counts, start=best, tolerance=1e-7)
+    gaps = counts @ by_prompt[:, 0] - minima
+    support = int((replicates > 1e-6).double().mean(0).gt(0.5).sum())
+    widened = _small_sample_factor(num_prompts, max(1, support - 1), confidence)
+    value = by_prompt.mean().item()
+    certificate = Certificate(
+        weights=weights,
+        standard_errors=replicates.std(0),
+        dual_objective=value,
+        duality_gap=max(0.0, value - minimum.item()),
+        duality_gap_bound=gaps.quantile(confidence).clamp(min=0).item() * widened,
+        confidence=confidence,
+        active=(replicates > 1e-6).double().mean(0),
+        effective_sample_size=table.effective_sample_sizes(weights).mean().item(),
+    )
+    if rewards is not None:
+        by_prompt = rewards.new_zeros(num_prompts, rewards.shape[-1]).index_add_(0, table.prompt, shares * rewards)
+        certificate.rewards = by_prompt.mean(0)
+        certificate.reward_errors = (counts @ by_prompt).std(0)
+    return certificate
+
+
+def _small_sample_factor(num_prompts: int, dimension: int, confidence: float, draws: int = 200_000) -> float:
+    """The quantile of Hotelling's distribution for a mean of `num_prompts`, relative to that of its limit, by simulation."""
+    if num_prompts <= dimension + 1:
+        return float("inf")
+    generator = torch.Generator().manual_seed(0)
+    quantile = torch.randn(draws, dimension, generator=generator, dtype=torch.float64).square().sum(-1)
+    degrees = num_prompts - dimension
+    # chi-squared draws of any number of degrees, by Wilson and Hilferty's cube
+    normal = torch.randn(draws, generator=generator, dtype=torch.float64)
+    scale = (1 - 2 / (9 * degrees) + normal * (2 / (9 * degrees)) ** 0.5).clamp(min=1e-3) ** 3
+    hotelling = quantile / scale * (num_prompts - 1) / degrees * num_prompts / (num_prompts - 1)
+    return (hotelling.quantile(confidence) / quantile.quantile(confidence)).item()
