@@ -8,7 +8,8 @@ A mixture presents itself to `generate()` as one decoder with the layers of all 
 from collections.abc import Sequence
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
+from transformers.utils import is_torchdynamo_compiling
 
 
 class ComponentCacheView(Cache):
@@ -33,6 +34,59 @@ class ComponentCacheView(Cache):
         return self.parent.update(key_states, value_states, layer_idx + self.start, *args, **kwargs)
 
 
+def check_cache(cache: Cache) -> None:
+    """
+    Refuses what cannot hold the keys and values of a mixture.
+
+    Raises:
+        `ValueError`: when it is no cache of a decoder, or was filled by a model that is not a mixture.
+    """
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        raise ValueError(
+            f"`past_key_values` of a mixture must be a cache of a decoder, such as `DynamicCache(config=model.config)`, "
+            f"got {type(cache).__name__}."
+        )
+    if not hasattr(cache, "mixture_components") and cache.get_seq_length() > 0:
+        raise ValueError(
+            f"This cache holds {cache.get_seq_length()} tokens of a model that is not this mixture. Start from a new one: "
+            "`DynamicCache(config=model.config)`."
+        )
+
+
+def check_room(cache: Cache, rows: int, input_length: int | None, total_length: int) -> None:
+    """
+    Refuses a cache that does not fit what is to be generated.
+
+    Args:
+        cache (`Cache`): a cache that the user of `generate()` gave.
+        rows (`int`): the number of sequences to generate.
+        input_length (`int`, *optional*): the number of tokens of the input, those that the cache holds among them.
+        total_length (`int`): the number of tokens that keys and values are needed for in the end.
+
+    Raises:
+        `ValueError`: when the cache is too short, too full, or of another batch.
+    """
+    filled = cache.get_seq_length()
+    if filled and input_length is not None and filled >= input_length:
+        raise ValueError(
+            f"This cache holds {filled} tokens already, but the input has {input_length}. Go on with an input that begins "
+            "with the tokens in the cache and has new ones behind them, or start from a new cache."
+        )
+    keys = (getattr(layer, "keys", None) for layer in cache.layers)
+    held = next((len(states) for states in keys if states is not None and states.numel()), rows) if filled else rows
+    if held != rows:
+        raise ValueError(f"This cache holds {held} sequences, but {rows} are to be generated.")
+    shortest = min(
+        (layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer) and not layer.is_sliding),
+        default=total_length,
+    )
+    if shortest < total_length:
+        raise ValueError(
+            f"This static cache has room for {shortest} tokens, but {total_length} are needed. Make it larger "
+            "(`max_cache_len`), or generate fewer."
+        )
+
+
 def bind_cache(cache: Cache, active: Sequence[int], layer_counts: Sequence[int]) -> tuple[int, ...]:
     """
     Makes a cache hold the layers of the components that run, and remembers which they are.
@@ -53,6 +107,8 @@ def bind_cache(cache: Cache, active: Sequence[int], layer_counts: Sequence[int])
     """
     bound = getattr(cache, "mixture_components", None)
     if bound is None:
+        if not is_torchdynamo_compiling():
+            check_cache(cache)
         bound = tuple(active)
         if len(cache.layers) == sum(layer_counts):
             starts = [sum(layer_counts[:k]) for k in bound]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
@@ -19,7 +19,7 @@ from .configuration_mixture import MixtureComponent, MixturePolicyConfig, check_
 from .hub import PUSH_ARGUMENTS, code_alongside, push_mixture
 from .mixture_building import build_mixture, open_mixture, read_mixture_config
 from .mixture_cache import bind_cache, component_views
-from .pooled_head import PooledBackbone, PooledHead
+from .mixture_generation import MixtureGenerationMixin
 from .pooling import log_linear_pool, rule_out_implausible
 from .presets import PresetMixin
 
@@ -27,7 +27,7 @@ from .presets import PresetMixin
 logger = logging.get_logger(__name__)
 
 
-class MixturePolicyModel(PresetMixin, PreTrainedModel, GenerationMixin):
+class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
     r"""
     A log-linear mixture of causal language models, \\(\pi(v|s) \propto \prod_k \pi_k(v|s)^{\lambda_k}\\) at every step: the
     decoding rule of [Mixing Preference Optimization](https://huggingface.co/papers/2502.18699).
@@ -105,8 +105,6 @@ class MixturePolicyModel(PresetMixin, PreTrainedModel, GenerationMixin):
             raise ValueError(f"Got {len(self.policies)} policies for a config of {len(config.components)} components.")
         self._reference_handle = reference
         self._load_kwargs = load_kwargs or {}
-        self.pooled_head = PooledHead(self)
-        self._fits_weights_only = False
         self.post_init()
 
     def _add_backbone(self, backbone: nn.Module) -> None:
@@ -247,7 +245,9 @@ class MixturePolicyModel(PresetMixin, PreTrainedModel, GenerationMixin):
             views = component_views(past_key_values, active, counts)
         loss_kwargs = {n: kwargs.pop(n) for n in ("num_items_in_batch", "shift_labels") if n in kwargs}
         inputs = {
-            **self._inputs_for_all(input_ids, attention_mask, position_ids),
+            "input_ids": self._ids_for_all(input_ids, attention_mask),
+            "attention_mask": attention_mask,
+            "position_ids": _positions(position_ids, attention_mask, input_ids.shape[1]),
             "use_cache": bool(views) and use_cache,
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states is not False,
@@ -289,19 +289,6 @@ class MixturePolicyModel(PresetMixin, PreTrainedModel, GenerationMixin):
             raise ValueError(f"Got mixture weights for {len(weights)} rows, but the batch has {batch_size}.")
         return weights, (weights != 0).reshape(-1, weights.shape[-1]).any(0).nonzero().flatten().tolist()
 
-    def _inputs_for_all(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
-    ) -> dict[str, torch.Tensor | None]:
-        """The inputs that mean the same to all components."""
-        return {
-            "input_ids": self._ids_for_all(input_ids, attention_mask),
-            "attention_mask": attention_mask,
-            "position_ids": _positions(position_ids, attention_mask, input_ids.shape[1]),
-        }
-
     def _ids_for_all(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
         """Replaces padding ids that some component has no embedding for; other ids of that kind are an error."""
         sizes = {decoder.vocab_size for decoder in self.config.decoder_configs}
@@ -322,24 +309,20 @@ class MixturePolicyModel(PresetMixin, PreTrainedModel, GenerationMixin):
 
     def _run_policy(self, k: int, inputs: dict[str, Any], extras: dict[str, list]) -> torch.Tensor:
         """Logits of component `k` over the common token ids; hidden states and attentions are added to `extras`."""
-        keep = inputs["logits_to_keep"]
-        backbone, inputs = self._ready_policy(k, inputs)
-        output = backbone(**inputs, return_dict=True)
-        for name, collected in extras.items():
-            collected.extend(getattr(output, name, None) or ())
-        logits = output.logits
-        if "logits_to_keep" not in inputs:
-            logits = logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
-        return logits[..., : self.config.vocab_size]
-
-    def _ready_policy(self, k: int, inputs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-        """The model that runs component `k`, with its adapter active, and what it accepts of `inputs`, on its device."""
         handle = self.policies[k]
         backbone = self.backbones[handle.backbone]
         activate_adapter(backbone, handle.adapter)
         accepted = forward_parameters(backbone)
+        keep = inputs["logits_to_keep"]
         inputs = {n: v for n, v in inputs.items() if n in accepted or n not in ("position_ids", "logits_to_keep")}
-        return backbone, {n: v.to(backbone.device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+        inputs = {n: v.to(backbone.device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+        output = backbone(**inputs, return_dict=True)
+        for name, collected in extras.items():
+            collected.extend(getattr(output, name, None) or ())
+        logits = output.logits
+        if "logits_to_keep" not in accepted:
+            logits = logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
+        return logits[..., : self.config.vocab_size]
 
     @staticmethod
     def create_masks_for_generate(
@@ -365,52 +348,14 @@ class MixturePolicyModel(PresetMixin, PreTrainedModel, GenerationMixin):
             inputs["input_ids"] = inputs["input_ids"].masked_fill(foreign, 0)
         return inputs
 
-    def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
-        # the weights of a call are the target's; an assistant has its own, or none
-        model_kwargs = {name: value for name, value in model_kwargs.items() if name != "mixture_weights"}
-        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
-
-    def _expand_inputs_for_generation(self, expand_size: int = 1, mixture_weights=None, **kwargs):
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
-        if mixture_weights is not None:
-            weights = check_mixture_weights(mixture_weights, len(self.policies), self.config.allow_off_simplex)
-            # weights by row follow their row; (K,) is not a batch of K rows
-            model_kwargs["mixture_weights"] = (
-                weights.repeat_interleave(expand_size, 0) if weights.ndim == 2 else weights
-            )
-        return input_ids, model_kwargs
-
-    def train(self, mode: bool = True) -> "MixturePolicyModel":
-        """
-        Puts the mixture into training mode.
-
-        Raises:
-            `ValueError`: for a mixture whose components live elsewhere: their weights are not saved with it, so what is
-                trained would be lost. Adapters put over the mixture as a whole may be trained.
-        """
-        elsewhere = any(component.name_or_path is not None for component in self.config.components)
-        if mode and elsewhere and not self._fits_weights_only and not hasattr(self, "peft_config"):
-            raise ValueError(
-                "A mixture is saved as references to its components, so nothing in it can be trained. Fit its weights with "
-                "`MPOTrainer`, train a policy before it is mixed, or distil the mixture: train one model with it as the "
-                "teacher."
-            )
-        return super().train(mode)
-
     def get_input_embeddings(self) -> nn.Module:
         return self.backbones[self.policies[0].backbone].get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.backbones[self.policies[0].backbone].set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> PooledHead:
-        """The heads of the components as one linear layer, which takes the hidden states of `base_model`."""
-        return self.pooled_head
-
-    @property
-    def base_model(self) -> PooledBackbone:
-        """The components without their heads, as one model; TRL's trainers run it in place of `forward`."""
-        return PooledBackbone(self)
+    def get_output_embeddings(self) -> None:
+        return None
 
     def resize_token_embeddings(self, *args, **kwargs):
         raise ValueError(

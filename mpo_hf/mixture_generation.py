@@ -1,0 +1,134 @@
+"""What `generate()` does differently for a mixture: weights of a call, and clear words where a mode makes no sense."""
+
+import functools
+from typing import Any
+
+from transformers import GenerationConfig, GenerationMixin, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers.generation import GenerationMode
+
+from .configuration_mixture import check_mixture_weights
+from .mixture_cache import check_cache, check_room
+
+
+# Options of a generation config that need something a mixture has not, and what to do instead.
+REFUSED_OPTIONS = {
+    "assistant_early_exit": "the first layers of a mixture are no model; draft with `assistant_model=model.policy(k)`",
+    "use_mtp": "a mixture has no multi-token prediction heads; draft with `assistant_model=model.policy(k)`",
+    "speculation_type": "such drafts are made from the hidden states and the head of one model, and a mixture has one "
+    "for each component; draft with `assistant_model=model.policy(k)`",
+    "dola_layers": "DoLa contrasts layers of one model; call it on one component, `model.policy(k).backbones[0]`",
+}
+NO_PAGED_CACHE = (
+    "Continuous batching (`generate_batch`, `cache_implementation='paged'`) is not available for a mixture: its paged cache "
+    "has one layer for each layer index, and components use the same indices. Call `generate` on a padded batch."
+)
+REFUSED_ARGUMENTS = {
+    "inputs_embeds": "each component of a mixture has embeddings of its own. Pass `input_ids`",
+    "return_dict": "pass `return_dict_in_generate`",
+}
+
+
+class MixtureGenerationMixin(GenerationMixin):
+    """The part of [`MixturePolicyModel`] that `generate()` calls before the first token."""
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise ValueError(NO_PAGED_CACHE)
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        # weights in a generation config are those of the call; they must not reach an assistant, which is handed the config
+        weights = generation_config.__dict__.pop("mixture_weights", None)
+        if weights is not None:
+            model_kwargs["mixture_weights"] = weights
+        for name, reason in REFUSED_OPTIONS.items():
+            if value := getattr(generation_config, name, None):
+                raise ValueError(f"`{name}={value!r}` is not available for a mixture: {reason}.")
+        self._check_modes(generation_config, has_weights=model_kwargs.get("mixture_weights") is not None)
+        return generation_config, model_kwargs
+
+    def _check_modes(self, generation_config: GenerationConfig, has_weights: bool) -> None:
+        cache = generation_config.cache_implementation or ""
+        if cache == "paged":
+            raise ValueError(NO_PAGED_CACHE)
+        if "offloaded" in cache and self.device.type == "cpu":
+            raise ValueError(
+                f"`cache_implementation={cache!r}` keeps what an accelerator computes in the memory of the CPU, but this "
+                "mixture runs on the CPU. Leave it out."
+            )
+        if generation_config.penalty_alpha and generation_config.get_generation_mode() == (
+            GenerationMode.CONTRASTIVE_SEARCH
+        ):
+            raise ValueError(
+                f"`penalty_alpha={generation_config.penalty_alpha}` is contrastive search, which compares the last hidden "
+                "states of one model, and a mixture has one for each component. To contrast policies, see "
+                "`MixturePolicyModel.from_contrast`."
+            )
+        if generation_config.token_healing and has_weights:
+            raise ValueError(
+                "`token_healing` generates with the weights of the model, and `mixture_weights` are for this call only. "
+                "Assign them: `model.mixture_weights = ...`."
+            )
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs) -> None:
+        assistant = generation_mode_kwargs.get("assistant_model")
+        if any(assistant is backbone for backbone in self.backbones):
+            if assistant.config.get_text_config().vocab_size != self.config.vocab_size:
+                # Transformers would take it for a model with another tokenizer, and prune the head that the mixture uses
+                raise ValueError(
+                    f"The assistant is a component of this mixture, with token ids beyond the {self.config.vocab_size} that "
+                    "all components have in common. Pass it as `assistant_model=model.policy(k)`, without tokenizers."
+                )
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        for name, reason in REFUSED_ARGUMENTS.items():
+            if model_kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` is not available in `generate` of a mixture: {reason}.")
+        super()._validate_model_kwargs(model_kwargs)
+        if (weights := model_kwargs.get("mixture_weights")) is not None:
+            check_mixture_weights(weights, len(self.policies), self.config.allow_off_simplex)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and not isinstance(cache, tuple):
+            mask = model_kwargs.get("attention_mask")
+            length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+            check_cache(cache)
+            check_room(cache, rows, length, max_cache_length)
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, mixture_weights=None, **kwargs):
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        if mixture_weights is not None:
+            weights = check_mixture_weights(mixture_weights, len(self.policies), self.config.allow_off_simplex)
+            # weights by row follow their row; (K,) is not a batch of K rows
+            model_kwargs["mixture_weights"] = (
+                weights.repeat_interleave(expand_size, 0) if weights.ndim == 2 else weights
+            )
+        return input_ids, model_kwargs
+
+    def _get_logits_processor(self, *args, model_kwargs: dict[str, Any] | None = None, **kwargs):
+        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
+        weights = (model_kwargs or {}).get("mixture_weights")
+        for processor in processors:
+            # guidance runs the model once more, which must be the same mixture
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) and processor.model is self:
+                processor.model = functools.partial(self, mixture_weights=weights)
+        return processors
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
+        # the weights of a call are the target's; an assistant has its own, or none
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name != "mixture_weights"}
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
