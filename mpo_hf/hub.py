@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from transformers import PreTrainedModel
 
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig
-from .model_card import create_model_card
+from .model_card import add_tags, create_model_card, pictures_of, update_model_card
 
 
 COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
@@ -184,6 +184,11 @@ def _parts(config: MixturePolicyConfig) -> dict[str, MixtureComponent]:
     return parts
 
 
+def carries_code(model: PreTrainedModel) -> bool:
+    """Whether a mixture came with the code of its class, or the class is registered (`register_for_auto_class`)."""
+    return model.is_remote_code() or "AutoModelForCausalLM" in (getattr(model.config, "auto_map", None) or {})
+
+
 @contextmanager
 def code_alongside(model: PreTrainedModel, wanted: bool | None = None) -> Iterator[None]:
     """
@@ -195,12 +200,12 @@ def code_alongside(model: PreTrainedModel, wanted: bool | None = None) -> Iterat
     Args:
         model ([`MixturePolicyModel`]): the mixture. It and its classes are as before afterwards.
         wanted (`bool`, *optional*):
-            Whether to save the code. Defaults to whether the mixture came with code, or its class is registered.
+            Whether to save the code. Defaults to [`carries_code`].
     """
     config = model.config
-    auto_map = config.__dict__.pop("auto_map", None)
     if wanted is None:
-        wanted = model.is_remote_code() or "AutoModelForCausalLM" in (auto_map or {})
+        wanted = carries_code(model)
+    auto_map = config.__dict__.pop("auto_map", None)
     names = {type(model): "AutoModelForCausalLM", type(config): "AutoConfig"}
     before = {cls: cls._auto_class for cls in names}
     for cls, name in names.items():
@@ -302,10 +307,17 @@ def push_mixture(
 ) -> CommitInfo:
     """See [`MixturePolicyModel.push_to_hub`]. Everything is written and checked before the repository is made."""
     api = HfApi()
-    with tempfile.TemporaryDirectory() as folder, shared_config(model, folder, token, pin, upload_adapters):
-        model.save_pretrained(folder, max_shard_size=max_shard_size, with_code=with_code)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        shared_config(model, folder, token, pin, upload_adapters),
+        code_alongside(model, with_code),
+    ):
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        card = _copy_card(model.name_or_path, folder)
         repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        _model_card(model, repo_id, tags, token).save(os.path.join(folder, "README.md"))
+        card = _model_card(model, card, repo_id, token)
+        add_tags(card, [*(model.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])])
+        card.save(os.path.join(folder, "README.md"))
         if revision is not None and not revision.startswith("refs/pr") and not create_pr:
             api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
         # one commit, however large: what others see is the mixture as it was, or as it is now
@@ -320,17 +332,31 @@ def push_mixture(
         )
 
 
-def _model_card(
-    model: PreTrainedModel, repo_id: str, tags: list[str] | str | None, token: bool | str | None
-) -> ModelCard:
-    """The card that the repository has, or a new one."""
+def _copy_card(source: str, folder: str) -> ModelCard | None:
+    """The card in the folder that a mixture was opened from, if there is one; the pictures that it shows are copied."""
+    path = os.path.join(source, "README.md")
+    if not source or not os.path.isfile(path):
+        return None
     try:
-        card = ModelCard.load(repo_id, token=token)
-    except EntryNotFoundError:
-        card = create_model_card(model.config, repo_id)
-    tags = [tags] if isinstance(tags, str) else tags or []
-    known = card.data.tags or []
-    card.data.tags = known + [tag for tag in [*(model.model_tags or []), *tags] if tag not in known] or None
+        card = ModelCard.load(path)
+    except Exception as err:  # of the parser, or of what makes sense of the metadata
+        raise ValueError(f"The metadata of the model card {path!r} cannot be read: {err}") from err
+    for picture in pictures_of(card):
+        if os.path.isfile(os.path.join(source, picture)):
+            os.makedirs(os.path.dirname(os.path.join(folder, picture)), exist_ok=True)
+            shutil.copyfile(os.path.join(source, picture), os.path.join(folder, picture))
+    return card
+
+
+def _model_card(model: PreTrainedModel, card: ModelCard | None, repo_id: str, token: bool | str | None) -> ModelCard:
+    """A card that somebody has written, or the one that the repository has, brought up to date; or a new one."""
+    current = create_model_card(model.config, repo_id, with_code=carries_code(model), token=token)
+    if card is None:
+        try:
+            card = ModelCard.load(repo_id, token=token)
+        except EntryNotFoundError:
+            return current
+    update_model_card(card, current)
     return card
 
 

@@ -1,9 +1,14 @@
 """The model card of a mixture."""
 
 import os
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.repocard import metadata_load
+from huggingface_hub.utils import validate_repo_id
 
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig
 
@@ -16,26 +21,21 @@ CITATION = """@inproceedings{wang2025mpo,
     url       = {https://arxiv.org/abs/2502.18699}
 }"""
 
+# What lies between such comments is written anew when the card is pushed again; everything else is its author's.
+SECTION = "<!-- mpo_hf: {name} -->{text}<!-- mpo_hf: end of {name} -->"
+
 TEMPLATE = """---
 {{ card_data }}
 ---
 
 # {{ name }}
 
-A log-linear mixture of {{ count }} policies, $\\pi(y|x) \\propto \\prod_k \\pi_k(y|x)^{\\lambda_k}$, made with
-[mpo_hf](https://arxiv.org/abs/2502.18699). {{ holds }}
+A log-linear mixture of {{ count }} policies, $\\pi(y|x) \\propto \\prod_k \\pi_k(y|x)^{\\lambda_k}$: the decoding rule of
+[Mixing Preference Optimization](https://arxiv.org/abs/2502.18699) (MPO; Wang et al., ICML 2025), made with `mpo_hf`.
 
-{{ table }}
+{{ policies }}
 
-## How to load it
-
-```python
-import mpo_hf  # registers the mixture with Transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{{ name }}")
-tokenizer = AutoTokenizer.from_pretrained("{{ name }}")
-```
+{{ loading }}
 {{ fit }}
 ## Citation
 
@@ -44,44 +44,188 @@ tokenizer = AutoTokenizer.from_pretrained("{{ name }}")
 ```
 """
 
+LOADING = """## How to load it
+
+```python
+import mpo_hf  # registers the mixture with Transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```"""
+
+LOADING_WITH_CODE = """
+
+Where `mpo_hf` is not installed, the code in this repository does the same; it needs {needs}:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```"""
+
+# Repositories and their revisions, with what their cards say about the licence.
+Licenses = dict[tuple[str, str | None], "License | None"]
+
+
+@dataclass(frozen=True)
+class License:
+    """
+    The licence of a repository, by the names that the Hub's metadata has for it.
+
+    Args:
+        license (`str`): identifier, such as `"apache-2.0"`; `"other"` for those that have none.
+        license_name (`str`, *optional*): name of a licence without an identifier.
+        license_link (`str`, *optional*): where that licence is.
+    """
+
+    license: str
+    license_name: str | None = None
+    license_link: str | None = None
+
+    def __str__(self) -> str:
+        return self.license_name or self.license
+
 
 def create_model_card(
     config: MixturePolicyConfig,
     name: str,
-    rewards: Mapping[str, Mapping[str, float]] | None = None,
+    rewards: Mapping[str, Mapping[str, float | tuple[float, float]]] | None = None,
     plot: str | None = None,
+    note: str | None = None,
+    with_code: bool = False,
+    token: bool | str | None = None,
 ) -> ModelCard:
     """
-    The model card of a mixture: its components, weights and, where it was fitted, what the objectives reach.
+    The model card of a mixture: its components with their revisions and licences, its weights, how to load it and, where
+    it was fitted, what the objectives reach.
 
     Args:
         config ([`MixturePolicyConfig`]): the mixture.
         name (`str`): repo id or title.
         rewards (`Mapping[str, Mapping[str, float]]`, *optional*):
-            Mean reward of every objective, for one or more policies: `{"fitted mixture": {"helpful": 0.3}}`.
+            Mean reward of every objective, for one or more policies: `{"fitted mixture": {"helpful": 0.3}}`. A pair is a
+            mean and its standard error.
         plot (`str`, *optional*): path of a picture of the fit, relative to the card.
+        note (`str`, *optional*): what the rewards are, and how they were measured.
+        with_code (`bool`, *optional*, defaults to `False`): whether the code of the mixture lies beside the card.
+        token (`bool` or `str`, *optional*): token to read the components' cards with.
 
     Returns:
         [`~huggingface_hub.ModelCard`].
     """
-    base_models = sorted({path for c in config.components for path in (c.adapter, c.name_or_path) if _is_repo(path)})
+    licenses = read_licenses(config, token)
+    base_models = sorted({path for path, _ in _places(config) if _is_repo(path)})
+    shared = _shared_license(config, licenses)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["mpo", "mpo_hf", "merge", "text-generation"],
         base_model=base_models or None,
         base_model_relation="merge" if base_models else None,
+        **({key: value for key, value in vars(shared).items() if value} if shared else {}),
     )
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE,
         name=name,
         count=len(config.components),
-        holds=_holds(config),
-        table=_component_table(config),
-        fit=_fit_section(config, rewards, plot),
+        policies=_section("policies", f"{_holds(config)}\n\n{_component_table(config, licenses)}"),
+        loading=_section("loading", _loading(config, name, with_code)),
+        fit=_fit_section(config, rewards, plot, note),
         citation=CITATION,
     )
+
+
+def update_model_card(card: ModelCard, current: ModelCard) -> None:
+    """
+    Brings a card that somebody may have edited up to date: its metadata, and the sections that are written by `mpo_hf`.
+
+    Args:
+        card (`ModelCard`): the card. What its author has written stays as it is.
+        current (`ModelCard`): the card of the mixture as it is now, as [`create_model_card`] makes it.
+    """
+    for name in ("policies", "loading"):
+        section = re.compile(SECTION.format(name=name, text=".*?"), re.DOTALL)
+        text = section.search(current.text)[0]
+        card.text = section.sub(lambda _, text=text: text, card.text)
+    for name, value in vars(current.data).items():
+        # what follows from the components is as it is now; everything else is for the author to say
+        if name.startswith("base_model") or card.data.get(name) is None:
+            card.data[name] = value
+    add_tags(card, current.data.tags)
+
+
+def add_tags(card: ModelCard, tags: list[str]) -> None:
+    """Adds tags to a card that does not have them yet."""
+    known = card.data.tags or []
+    card.data.tags = known + [tag for tag in tags if tag not in known] or None
+
+
+def pictures_of(card: ModelCard) -> list[str]:
+    """Paths of the pictures that a card shows, as far as they lie in its own folder."""
+    shown = re.findall(r"!\[[^\]]*\]\(([^)\s]+)", card.text)
+    paths = [os.path.normpath(path) for path in shown if ":" not in path]
+    return [path for path in paths if not path.startswith("..") and not os.path.isabs(path)]
+
+
+# ---- licences ----
+
+
+def read_licenses(config: MixturePolicyConfig, token: bool | str | None = None) -> Licenses:
+    """What the cards of a mixture's components, and of its reference, say about their licences; `None` where it is unknown."""
+    licenses: Licenses = {}
+    offline = False
+    for place in _places(config, with_reference=True):
+        if place not in licenses:
+            try:
+                licenses[place] = _read_license(*place, token, offline)
+            except LocalEntryNotFoundError:
+                licenses[place], offline = None, True  # there is no connection: it is not tried again and again
+            except Exception:  # no card, a broken one, or one that may not be read
+                licenses[place] = None
+    return licenses
+
+
+def _read_license(path: str, revision: str | None, token: bool | str | None, offline: bool) -> License | None:
+    if _is_repo(path):
+        card = hf_hub_download(path, "README.md", revision=revision, token=token, local_files_only=offline)
+    else:
+        card = os.path.join(path, "README.md")
+    metadata = metadata_load(card) or {}
+    license = metadata.get("license")
+    # the Hub takes lists from datasets only
+    if not isinstance(license, str) or license == "unknown":
+        return None
+    return License(license, metadata.get("license_name"), metadata.get("license_link"))
+
+
+def _shared_license(config: MixturePolicyConfig, licenses: Licenses) -> License | None:
+    """The licence of the mixture: that of its components, if all have the same one."""
+    found = {licenses[place] for place in _places(config)}
+    whole = any(component.name_or_path is None for component in config.components)
+    return found.pop() if len(found) == 1 and not whole else None
+
+
+def _places(config: MixturePolicyConfig, with_reference: bool = False) -> list[tuple[str, str | None]]:
+    """Where the components come from, base and adapter apart, and their revisions."""
+    components = [*config.components, *([config.reference] if with_reference and config.reference else [])]
+    places = [place for component in components for place in _parts(component)]
+    return [(path, revision) for path, revision in places if path is not None]
+
+
+def _parts(component: MixtureComponent) -> list[tuple[str | None, str | None]]:
+    """The adapter, if there is one, and what it lies over."""
+    adapter = [(component.adapter, component.adapter_revision)] if component.adapter else []
+    return [*adapter, (component.name_or_path, component.revision)]
+
+
+# ---- sections ----
+
+
+def _section(name: str, text: str) -> str:
+    return SECTION.format(name=name, text=f"\n{text}\n")
 
 
 def _holds(config: MixturePolicyConfig) -> str:
@@ -95,45 +239,83 @@ def _holds(config: MixturePolicyConfig) -> str:
     return "This repository holds a configuration and no weights: the components are\nloaded from where they live."
 
 
-def _is_repo(path: str | None) -> bool:
-    return path is not None and not os.path.isabs(path) and not path.startswith(".") and path.count("/") == 1
+def _loading(config: MixturePolicyConfig, name: str, with_code: bool) -> str:
+    text = LOADING.format(name=name)
+    if with_code:
+        adapters = any(component.adapter for component in config.components)
+        needs = "`transformers>=5.20`" + (" and `peft`" if adapters else "")
+        text += LOADING_WITH_CODE.format(name=name, needs=needs)
+    return text
 
 
-def _component_table(config: MixturePolicyConfig) -> str:
-    rows = ["| objective | weight | policy | revision |", "|---|---|---|---|"]
+def _is_repo(path: str) -> bool:
+    if os.path.isabs(path) or path.startswith(".") or os.path.isdir(path):
+        return False
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _component_table(config: MixturePolicyConfig, licenses: Licenses) -> str:
+    rows = [["objective", "weight", "policy", "revision", "license"], ["---"] * 5]
     for label, weight, component in zip(config.labels, config.mixture_weights, config.components):
-        rows.append(f"| {label} | {weight:.4f} | {_source(component)} | {_revision(component)} |")
+        rows.append([label, f"{weight:.4f}", *_component_cells(component, licenses)])
     if config.reference is not None:
-        rows.append(f"| *reference* | | {_source(config.reference)} | {_revision(config.reference)} |")
-    return "\n".join(rows)
+        rows.append(["*reference*", "", *_component_cells(config.reference, licenses)])
+    return _table(rows)
 
 
-def _source(component: MixtureComponent) -> str:
-    parts = [component.adapter, component.name_or_path] if component.adapter else [component.name_or_path]
-    return " over ".join(_link(part) for part in parts)
+def _component_cells(component: MixtureComponent, licenses: Licenses) -> list[str]:
+    parts = _parts(component)
+    revisions = [_revision(*part) for part in parts]
+    cells = [
+        [_link(path) for path, _ in parts],
+        revisions if any(revision != "-" for revision in revisions) else ["-"],
+        [str(licenses.get(part) or "unknown") for part in parts],
+    ]
+    return [" over ".join(cell) for cell in cells]
+
+
+def _table(rows: list[list[str]]) -> str:
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
 def _link(path: str | None) -> str:
-    if path is None:
+    if path is None or path.startswith("./"):
         return "in this repository"
     # a folder of the author's machine means nothing to a reader
     return f"[{path}](https://huggingface.co/{path})" if _is_repo(path) else f"`{os.path.basename(path.rstrip('/'))}`"
 
 
-def _revision(component: MixtureComponent) -> str:
-    return " over ".join(r for r in (component.adapter_revision, component.revision) if r) or "-"
+def _revision(path: str | None, revision: str | None) -> str:
+    if revision is None or path is None or not _is_repo(path):
+        return revision or "-"
+    short = revision[:7] if re.fullmatch(r"[0-9a-f]{40}", revision) else revision
+    return f"[{short}](https://huggingface.co/{path}/tree/{revision})"
 
 
 def _fit_section(
-    config: MixturePolicyConfig, rewards: Mapping[str, Mapping[str, float]] | None, plot: str | None
+    config: MixturePolicyConfig,
+    rewards: Mapping[str, Mapping[str, float | tuple[float, float]]] | None,
+    plot: str | None,
+    note: str | None,
 ) -> str:
-    if not rewards:
+    if not rewards and not plot:
         return ""
-    names = list(next(iter(rewards.values())))
-    lines = ["", "## Mean reward by objective", "", "| policy | " + " | ".join(names) + " |"]
-    lines.append("|---" * (len(names) + 1) + "|")
-    for policy, values in rewards.items():
-        lines.append(f"| {policy} | " + " | ".join(f"{values[name]:.4f}" for name in names) + " |")
+    weights = ", ".join(f"{label} {w:.4f}" for label, w in zip(config.labels, config.mixture_weights))
+    lines = ["", "## Fit", "", f"The fit ended at these weights: {weights}."]
+    if rewards:
+        names = list(next(iter(rewards.values())))
+        rows = [["mean reward of", *names], ["---"] * (len(names) + 1)]
+        rows += [[policy, *(_mean(values[name]) for name in names)] for policy, values in rewards.items()]
+        lines += [*(["", note] if note else []), "", _table(rows)]
     if plot:
         lines += ["", f"![Mixture weights during the fit]({plot})"]
     return "\n".join([*lines, ""])
+
+
+def _mean(value: float | tuple[float, float]) -> str:
+    return f"{value[0]:.4f} ± {value[1]:.4f}" if isinstance(value, tuple) else f"{value:.4f}"

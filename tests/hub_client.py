@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from toy import PROMPTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -72,6 +72,9 @@ class Author:
         return self.mixture.push_to_hub("mix", create_pr=True).pr_url
 
     def push_again_with_other_weights(self):
+        card = ModelCard.load("author/mix")
+        card.text += "\nThanks to all.\n"
+        card.push_to_hub("author/mix")
         self.mixture.mixture_weights = [0.9, 0.1]
         self.mixture.push_to_hub("author/mix", private=False)
         self.mixture.mixture_weights = [0.3, 0.7]
@@ -139,6 +142,35 @@ class Author:
         trainer.train()
         trainer.push_to_hub()
         return {"weights": trainer.model.config.mixture_weights, "logits": logits(trainer.model)}
+
+    def push_a_fit_from_its_folder(self):
+        folder = self.work / "fit"
+        trainer = make_trainer([KIND, TERSE], str(folder), proposal="mixture")
+        trainer.train()
+        trainer.save_model()
+        card = folder / "README.md"
+        card.write_text(card.read_text().replace("# fit", "# A fit for the team"))
+        (folder / "weights.png").write_bytes(b"another picture")
+        MixturePolicyModel.from_pretrained(folder).push_to_hub("author/fit")
+        return card.read_text()
+
+    def push_a_broken_card(self):
+        folder = self.work / "broken"
+        self.mixture.save_pretrained(folder)
+        (folder / "README.md").write_text("---\nlicense: [mit\n---\n# Mine\n")
+        MixturePolicyModel.from_pretrained(folder).push_to_hub("author/broken")
+
+    def push_a_card_that_the_hub_refuses(self):
+        folder = self.work / "refused-card"
+        self.mixture.save_pretrained(folder)
+        (folder / "README.md").write_text("---\nlicense: the one of my house\n---\n# Mine\n")
+        MixturePolicyModel.from_pretrained(folder).push_to_hub("author/refused-card")
+
+    def validate_cards(self):
+        pushed = [model.id for model in map(HfApi().model_info, ("author/mix", "author/fit", "author/fitted"))]
+        for repo_id in [*pushed, "author/private-mix", "author/with-adapters", "author/whole"]:
+            ModelCard.load(repo_id).validate()
+        return len(pushed)
 
     def push_from_trainer_with_local_model(self):
         policies = [KIND, {"name_or_path": self.plan["folders"]["kind"], "label": "near"}]

@@ -11,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from card_rules import problems_of
+
 
 LFS_ENDINGS = (".safetensors", ".bin", ".pt")
 
@@ -221,9 +223,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer({})
 
     def validate_yaml(self) -> None:
-        front = re.match(r"---\n.+?\n---\n", json.loads(self.body)["content"], re.DOTALL)
-        warnings = [] if front else [{"message": "empty or missing yaml metadata in repo card"}]
-        self.answer({"errors": [], "warnings": warnings})
+        fields = json.loads(self.body)
+        errors, warnings = problems_of(fields["content"]) if fields["repoType"] == "model" else ([], [])
+        answer = {"errors": [{"message": e} for e in errors], "warnings": [{"message": w} for w in warnings]}
+        self.answer(answer, 400 if errors else 200)
 
     def create_branch(self, repo: str, name: str) -> None:
         found = self.writable(repo)

@@ -128,10 +128,12 @@ def test_pushed_files_are_the_ones_of_the_package(story):
     for name in code_of(files):
         assert files[name] == (package / name).read_bytes()
     assert json.loads(files["config.json"])["auto_map"] == AUTO_MAP
+    assert "trust_remote_code=True" in files["README.md"].decode()
     # without being asked for, none is pushed, though this mixture has been pushed with code before
     result(story["Author"]["push_without_code"])
     plain = story["hub"].files("author/plain")
     assert not code_of(plain) and "auto_map" not in json.loads(plain["config.json"])
+    assert "trust_remote_code" not in plain["README.md"].decode()
 
 
 # ---- where mpo_hf is not installed ----

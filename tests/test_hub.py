@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import save_lora
 from hub_server import Hub
+from huggingface_hub import ModelCard
 from toy import toy_policy, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -45,6 +46,7 @@ def story(tmp_path_factory):
         folders[name] = str(root / name)
         policy.save_pretrained(folders[name])
         toy_tokenizer().save_pretrained(folders[name])
+        (root / name / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     for seed, name in enumerate(["terse-lora", "newer-lora"]):
         folders[name] = save_lora(root / name, folders["base"], seed)
     with Hub(TOKENS, members={"author"}) as hub:
@@ -131,11 +133,56 @@ def test_push_is_one_commit_of_config_generation_config_and_card(story):
     assert "- mine" in card and "- org/terse-lora" in card
 
 
-def test_card_of_the_repo_is_kept(story):
+def card_of(hub: Hub, repo_id: str, revision: str = "main") -> ModelCard:
+    return ModelCard(hub.files(repo_id, revision)["README.md"].decode())
+
+
+def test_card_of_the_repo_is_kept_and_brought_up_to_date(story):
     result(story["author"]["push_again_with_other_weights"])
     hub = story["hub"]
-    assert hub.files("author/mix")["README.md"] == hub.files("author/mix", "v1")["README.md"]
+    before, after = card_of(hub, "author/mix", "v1"), card_of(hub, "author/mix")
+    assert "| kind | 0.3000 |" in before.text and "| terse | 0.7000 |" in before.text
+    weights = {"| kind | 0.3000 |": "| kind | 0.9000 |", "| terse | 0.7000 |": "| terse | 0.1000 |"}
+    expected = before.text
+    for old, new in weights.items():
+        expected = expected.replace(old, new)
+    assert after.text == expected + "\nThanks to all.\n"
+    assert after.data.to_dict() == before.data.to_dict()
     assert config_of(hub, "author/mix")["mixture_weights"] == [0.9, 0.1]
+
+
+def test_card_gives_the_licences_of_the_components(story):
+    card = card_of(story["hub"], "author/mix")
+    assert "| apache-2.0 |" in card.text and "| unknown over apache-2.0 |" in card.text
+    assert card.data.license is None  # the adapter's is not known
+    assert card_of(story["hub"], "author/private-mix").data.license == "apache-2.0"
+
+
+def test_cards_are_valid_to_the_hub(story):
+    assert result(story["author"]["validate_cards"]) == 3
+    error = story["author"]["push_a_card_that_the_hub_refuses"]["error"]
+    assert error.startswith("ValueError: Invalid metadata in README.md") and '"license" must be one of' in error
+    assert "config.json" not in story["hub"].files("author/refused-card")
+
+
+def test_card_that_lies_in_the_folder_goes_along(story):
+    saved = ModelCard(result(story["author"]["push_a_fit_from_its_folder"]))
+    files, pushed = story["hub"].files("author/fit"), card_of(story["hub"], "author/fit")
+    rest = slice(saved.text.index("## Fit"), None)
+    assert "± " not in saved.text and "the mixture, step 2" in saved.text[rest]
+    assert pushed.text[pushed.text.index("## Fit") :] == saved.text[rest]
+    assert "# A fit for the team" in pushed.text and 'from_pretrained("author/fit")' in pushed.text
+    assert files["weights.png"] == b"another picture" and "(weights.png)" in pushed.text
+    # what is pushed is pinned, what was saved is not
+    assert story["commits"]["kind"] in pushed.text and story["commits"]["kind"] not in saved.text
+
+
+def test_broken_card_is_named_before_anything_is_uploaded(story):
+    error = story["author"]["push_a_broken_card"]["error"]
+    assert (
+        error.startswith("ValueError: The metadata of the model card") and "broken/README.md' cannot be read" in error
+    )
+    assert "author/broken" not in story["hub"].repos
 
 
 def test_push_to_a_branch_and_as_a_pull_request(story):
@@ -290,7 +337,9 @@ def test_trainer_pushes_mixture_tokenizer_and_card(story):
     config = config_of(story["hub"], "author/fitted")
     assert config["components"][0]["revision"] == story["commits"]["kind"]
     assert config["mixture_weights"] == pushed["weights"] != [0.5, 0.5]
-    assert story["commits"]["kind"] in files["README.md"].decode()
+    card = files["README.md"].decode()
+    assert story["commits"]["kind"] in card and "(weights.png)" in card and "the reference, steps 1 to 2" in card
+    assert files["weights.png"].startswith(b"\x89PNG")
     seen = result(story["reader"]["open_fitted"])
     assert_equal(seen["logits"], pushed["logits"])
     assert seen["ids"] == [1, 2, 5]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import statistics
 
 import pytest
 import torch
@@ -141,7 +142,10 @@ def test_model_card_names_objectives_weights_and_rewards(mixture, tmp_path):
     card = (tmp_path / "README.md").read_text()
     for weight in trainer.model.config.mixture_weights:
         assert f"{weight:.4f}" in card
-    assert "2502.18699" in card and "| a |" in card and "Mean reward" in card
+    assert "2502.18699" in card and "| a |" in card
+    steps = [entry["rewards/a"] for entry in trainer.state.log_history if "loss" in entry]
+    assert f"| the reference, steps 1 to 6 | {sum(steps) / 6:.4f} ± {statistics.stdev(steps) / 6**0.5:.4f} |" in card
+    assert "(weights.png)" in card and (tmp_path / "weights.png").exists()
     assert str(tmp_path.parent) not in card  # folders of this machine mean nothing to a reader
 
 

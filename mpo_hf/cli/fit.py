@@ -1,6 +1,5 @@
 """`mpo-hf fit`: the mixture weights for policies and their rewards."""
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,8 +10,8 @@ from transformers import AutoTokenizer
 from trl import ScriptArguments
 
 from ..modeling_mixture import MixturePolicyModel
-from ..plots import plot_fit
 from ..trainer import MPOConfig, MPOTrainer
+from ..trainer.fit_card import PLOT_NAME
 from .parser import CommandParser
 from .reward_arguments import parse_reward
 from .table import format_table
@@ -207,9 +206,8 @@ def run(argv: Sequence[str]) -> None:
     if trainer.is_world_process_zero():
         print(f"\n{summarize(trainer)}\n")
         print(f"The mixture is in {training_args.output_dir}.")
-        if importlib.util.find_spec("matplotlib") is not None:
-            path = os.path.join(training_args.output_dir, "weights.png")
-            plot_fit(trainer.state.log_history, path)
+        path = os.path.join(training_args.output_dir, PLOT_NAME)
+        if os.path.isfile(path):
             print(f"A picture of the fit is in {path}.")
     if training_args.push_to_hub:
         trainer.push_to_hub()

@@ -29,13 +29,14 @@ from trl import is_conversational
 
 from ..component_loading import Policy, hub_kwargs
 from ..configuration_mixture import MixturePolicyConfig
-from ..hub import check_pushable, code_alongside, shared_config
-from ..model_card import create_model_card
+from ..hub import carries_code, check_pushable, code_alongside, shared_config
+from ..model_card import add_tags, create_model_card
 from ..modeling_mixture import MixturePolicyModel
 from ..objectives import dual_objective, effective_sample_size, implicit_dual_objective, on_policy_objective
 from ..optim import MirrorDescent
 from ..rewards import RewardModelSpec, make_reward_functions, normalize_rewards
 from ..rollouts import Completions, completion_logps, sample_completions, tokenize_prompts
+from .fit_card import measured_rewards, save_plot
 from .mpo_config import MPOConfig
 
 
@@ -473,24 +474,44 @@ class MPOTrainer(Trainer):
     def _is_checkpoint(self, output_dir: str) -> bool:
         return os.path.basename(os.path.normpath(output_dir)).startswith(PREFIX_CHECKPOINT_DIR)
 
-    def create_model_card(self, *args, output_dir: str | None = None, **kwargs) -> None:
+    def create_model_card(
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        output_dir: str | None = None,
+        **kwargs,
+    ) -> None:
         """
-        Writes the model card, `README.md`: components, weights, and the mean rewards of the first and last step.
+        Writes the model card, `README.md`: components, weights, the mean rewards of what was drawn and, where matplotlib
+        is installed, a picture of the fit beside it.
 
         Args:
+            language (`str` or `list[str]`, *optional*): language of the mixture, for the metadata of the card.
+            license (`str`, *optional*): its licence. Defaults to that of the components, if they all have the same one.
+            tags (`str` or `list[str]`, *optional*): further tags.
+            dataset_tags (`str` or `list[str]`, *optional*): repo ids of the prompts.
             output_dir (`str`, *optional*): folder to write to. Defaults to `args.output_dir`.
         """
         if not self.is_world_process_zero():
             return
         output_dir = output_dir if output_dir is not None else self.args.output_dir
-        steps = [entry for entry in self.state.log_history if "dual_objective" in entry and "loss" in entry]
-        rewards = {}
-        for name, entry in (("first step", steps[0]), ("last step", steps[-1])) if steps else ():
-            values = {k.removeprefix("rewards/"): v for k, v in entry.items() if k.startswith("rewards/")}
-            if values:
-                rewards[f"{self.args.proposal}, {name}"] = values
-        name = self.hub_model_id or os.path.basename(os.path.abspath(output_dir))
-        create_model_card(self.model.config, name, rewards).save(os.path.join(output_dir, "README.md"))
+        rewards, note = measured_rewards(self.state.log_history, self.args.proposal)
+        card = create_model_card(
+            self.model.config,
+            self.hub_model_id or os.path.basename(os.path.abspath(output_dir)),
+            rewards=rewards,
+            plot=save_plot(self.state.log_history, output_dir),
+            note=note,
+            with_code=self.args.hub_with_code or carries_code(self.model),
+            token=self.args.hub_token,
+        )
+        add_tags(card, [*(self.model.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])])
+        for key, value in {"language": language, "license": license, "datasets": dataset_tags}.items():
+            if value is not None:
+                card.data[key] = value
+        card.save(os.path.join(output_dir, "README.md"))
 
     def push_to_hub(
         self,

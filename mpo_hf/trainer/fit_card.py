@@ -1,0 +1,74 @@
+"""What a fit has measured, for its model card."""
+
+import importlib.util
+import os
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from ..plots import plot_fit
+
+
+PLOT_NAME = "weights.png"
+
+# Means and standard errors, by what they are of and by objective.
+Rewards = dict[str, dict[str, float | tuple[float, float]]]
+
+
+def measured_rewards(log_history: Sequence[dict[str, Any]], proposal: str) -> tuple[Rewards, str]:
+    """
+    Mean rewards of the completions that a fit drew, and a sentence that says what they are.
+
+    Args:
+        log_history (`Sequence[dict]`): `trainer.state.log_history`.
+        proposal (`str`):
+            `"reference"`: all steps measured the same policy. `"mixture"`: the first and last tenth of the steps are
+            told apart, since the mixture moves.
+
+    Returns:
+        `tuple[dict, str]`: for every row of a table, each objective's mean and, over several steps, its standard error.
+    """
+    steps = [entry for entry in log_history if "loss" in entry and any(key.startswith("rewards/") for key in entry)]
+    if not steps:
+        return {}, ""
+    if proposal == "reference":
+        note = (
+            "The fit drew its completions from the reference policy, and these are their mean rewards. What the mixture\n"
+            "itself reaches was not measured here."
+        )
+        return {f"the reference, {_range(steps)}": _means(steps)}, f"{note} {_error(steps)}".strip()
+    tenth = max(1, len(steps) // 10)
+    parts = [steps[:tenth], steps[-tenth:]] if len(steps) > 1 else [steps]
+    note = (
+        "The fit drew its completions from the mixture as it was at each step, and these are their mean rewards, on\n"
+        "prompts of the fit."
+    )
+    return {f"the mixture, {_range(part)}": _means(part) for part in parts}, f"{note} {_error(parts[0])}".strip()
+
+
+def save_plot(log_history: Sequence[dict[str, Any]], folder: str | os.PathLike) -> str | None:
+    """Draws the fit into a folder, if there has been one and matplotlib is installed; returns the name of the file."""
+    steps = [entry for entry in log_history if "loss" in entry and any(key.startswith("weights/") for key in entry)]
+    if not steps or importlib.util.find_spec("matplotlib") is None:
+        return None
+    plot_fit(log_history, os.path.join(folder, PLOT_NAME))
+    return PLOT_NAME
+
+
+def _range(steps: Sequence[dict[str, Any]]) -> str:
+    first, last = steps[0]["step"], steps[-1]["step"]
+    return f"step {first}" if first == last else f"steps {first} to {last}"
+
+
+def _error(steps: Sequence[dict[str, Any]]) -> str:
+    return "± is the standard error over the steps." if len(steps) > 1 else ""
+
+
+def _means(steps: Sequence[dict[str, Any]]) -> dict[str, float | tuple[float, float]]:
+    means: dict[str, float | tuple[float, float]] = {}
+    for key in [key for key in steps[0] if key.startswith("rewards/")]:
+        values = [entry[key] for entry in steps]
+        mean = statistics.fmean(values)
+        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+        means[key.removeprefix("rewards/")] = mean if error is None else (mean, error)
+    return means
