@@ -20,6 +20,7 @@ from .hub import PUSH_ARGUMENTS, code_alongside, push_mixture
 from .mixture_building import build_mixture, open_mixture, read_mixture_config
 from .mixture_cache import bind_cache, component_views
 from .mixture_generation import MixtureGenerationMixin
+from .pooled_head import PooledBackbone, PooledHead
 from .pooling import log_linear_pool, rule_out_implausible
 from .presets import PresetMixin
 
@@ -105,6 +106,8 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
             raise ValueError(f"Got {len(self.policies)} policies for a config of {len(config.components)} components.")
         self._reference_handle = reference
         self._load_kwargs = load_kwargs or {}
+        self.pooled_head = PooledHead(self)
+        self._fits_weights_only = False
         self.post_init()
 
     def _add_backbone(self, backbone: nn.Module) -> None:
@@ -245,9 +248,7 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
             views = component_views(past_key_values, active, counts)
         loss_kwargs = {n: kwargs.pop(n) for n in ("num_items_in_batch", "shift_labels") if n in kwargs}
         inputs = {
-            "input_ids": self._ids_for_all(input_ids, attention_mask),
-            "attention_mask": attention_mask,
-            "position_ids": _positions(position_ids, attention_mask, input_ids.shape[1]),
+            **self._inputs_for_all(input_ids, attention_mask, position_ids),
             "use_cache": bool(views) and use_cache,
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states is not False,
@@ -289,6 +290,19 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
             raise ValueError(f"Got mixture weights for {len(weights)} rows, but the batch has {batch_size}.")
         return weights, (weights != 0).reshape(-1, weights.shape[-1]).any(0).nonzero().flatten().tolist()
 
+    def _inputs_for_all(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+    ) -> dict[str, torch.Tensor | None]:
+        """The inputs that mean the same to all components."""
+        return {
+            "input_ids": self._ids_for_all(input_ids, attention_mask),
+            "attention_mask": attention_mask,
+            "position_ids": _positions(position_ids, attention_mask, input_ids.shape[1]),
+        }
+
     def _ids_for_all(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
         """Replaces padding ids that some component has no embedding for; other ids of that kind are an error."""
         sizes = {decoder.vocab_size for decoder in self.config.decoder_configs}
@@ -309,20 +323,24 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
 
     def _run_policy(self, k: int, inputs: dict[str, Any], extras: dict[str, list]) -> torch.Tensor:
         """Logits of component `k` over the common token ids; hidden states and attentions are added to `extras`."""
-        handle = self.policies[k]
-        backbone = self.backbones[handle.backbone]
-        activate_adapter(backbone, handle.adapter)
-        accepted = forward_parameters(backbone)
         keep = inputs["logits_to_keep"]
-        inputs = {n: v for n, v in inputs.items() if n in accepted or n not in ("position_ids", "logits_to_keep")}
-        inputs = {n: v.to(backbone.device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+        backbone, inputs = self._ready_policy(k, inputs)
         output = backbone(**inputs, return_dict=True)
         for name, collected in extras.items():
             collected.extend(getattr(output, name, None) or ())
         logits = output.logits
-        if "logits_to_keep" not in accepted:
+        if "logits_to_keep" not in inputs:
             logits = logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
         return logits[..., : self.config.vocab_size]
+
+    def _ready_policy(self, k: int, inputs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+        """The model that runs component `k`, with its adapter active, and what it accepts of `inputs`, on its device."""
+        handle = self.policies[k]
+        backbone = self.backbones[handle.backbone]
+        activate_adapter(backbone, handle.adapter)
+        accepted = forward_parameters(backbone)
+        inputs = {n: v for n, v in inputs.items() if n in accepted or n not in ("position_ids", "logits_to_keep")}
+        return backbone, {n: v.to(backbone.device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
 
     @staticmethod
     def create_masks_for_generate(
@@ -348,14 +366,37 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
             inputs["input_ids"] = inputs["input_ids"].masked_fill(foreign, 0)
         return inputs
 
+    def train(self, mode: bool = True) -> "MixturePolicyModel":
+        """
+        Puts the mixture into training mode.
+
+        Raises:
+            `ValueError`: for a mixture whose components live elsewhere: their weights are not saved with it, so what is
+                trained would be lost. Adapters put over the mixture as a whole may be trained.
+        """
+        elsewhere = any(component.name_or_path is not None for component in self.config.components)
+        if mode and elsewhere and not self._fits_weights_only and not hasattr(self, "peft_config"):
+            raise ValueError(
+                "A mixture is saved as references to its components, so nothing in it can be trained. Fit its weights with "
+                "`MPOTrainer`, train a policy before it is mixed, or distil the mixture: train one model with it as the "
+                "teacher."
+            )
+        return super().train(mode)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.backbones[self.policies[0].backbone].get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.backbones[self.policies[0].backbone].set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> None:
-        return None
+    def get_output_embeddings(self) -> PooledHead:
+        """The heads of the components as one linear layer, which takes the hidden states of `base_model`."""
+        return self.pooled_head
+
+    @property
+    def base_model(self) -> PooledBackbone:
+        """The components without their heads, as one model; TRL's trainers run it in place of `forward`."""
+        return PooledBackbone(self)
 
     def resize_token_embeddings(self, *args, **kwargs):
         raise ValueError(
