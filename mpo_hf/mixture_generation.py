@@ -80,6 +80,12 @@ class MixtureGenerationMixin(GenerationMixin):
                     f"The assistant is a component of this mixture, with token ids beyond the {self.config.vocab_size} that "
                     "all components have in common. Pass it as `assistant_model=model.policy(k)`, without tokenizers."
                 )
+        if generation_config.do_sample and "assistant_tokenizer" in generation_mode_kwargs:
+            # Transformers (5.23) pairs the assistant's logits with the wrong tokens, so that samples are biased
+            raise ValueError(
+                "With `assistant_tokenizer`, a mixture is decoded greedily only: sampling would not draw from the mixture. "
+                "Leave the assistant out, or take one with the tokenizer of the mixture."
+            )
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
