@@ -15,6 +15,12 @@ ALL: dict[str, str] = {
     "test_model_base_model_prefix": (
         "a mixture is several models with a head each, and not a base model with one head on top"
     ),
+    "test_resize_embeddings_untied": (
+        "its components have a table of embeddings each; Transformers' own composite models are exempt as well"
+    ),
+    "test_resize_embeddings_untied_no_reinit_on_post_init": (
+        "its components have a table of embeddings each; Transformers' own composite models are exempt as well"
+    ),
     "test_resize_tokens_embeddings": (
         "its components have a table of embeddings each; Transformers' own composite models are exempt as well"
     ),
