@@ -116,7 +116,7 @@ def create_model_card(
         [`~huggingface_hub.ModelCard`].
     """
     licenses = read_licenses(config, token)
-    base_models = sorted({path for path, _ in _places(config) if _is_repo(path)})
+    base_models = sorted({path for path, _ in _places(config) if _is_repo(path) and path != name})
     shared = _shared_license(config, licenses)
     data = ModelCardData(
         library_name="transformers",
@@ -131,7 +131,7 @@ def create_model_card(
         template_str=TEMPLATE,
         name=name,
         count=len(config.components),
-        policies=_section("policies", f"{_holds(config)}\n\n{_component_table(config, licenses)}"),
+        policies=_section("policies", f"{_holds(config, name)}\n\n{_component_table(config, name, licenses)}"),
         loading=_section("loading", _loading(config, name, with_code)),
         fit=_fit_section(config, rewards, plot, note),
         citation=CITATION,
@@ -211,14 +211,16 @@ def _shared_license(config: MixturePolicyConfig, licenses: Licenses) -> License 
 def _places(config: MixturePolicyConfig, with_reference: bool = False) -> list[tuple[str, str | None]]:
     """Where the components come from, base and adapter apart, and their revisions."""
     components = [*config.components, *([config.reference] if with_reference and config.reference else [])]
-    places = [place for component in components for place in _parts(component)]
-    return [(path, revision) for path, revision in places if path is not None]
+    parts = [part for component in components for part in _parts(component)]
+    return [(path, revision) for path, revision, _ in parts if path is not None]
 
 
-def _parts(component: MixtureComponent) -> list[tuple[str | None, str | None]]:
-    """The adapter, if there is one, and what it lies over."""
-    adapter = [(component.adapter, component.adapter_revision)] if component.adapter else []
-    return [*adapter, (component.name_or_path, component.revision)]
+def _parts(component: MixtureComponent) -> list[tuple[str | None, str | None, str | None]]:
+    """Path, revision and subfolder of the adapter, if there is one, and of what it lies over."""
+    parts = [(component.name_or_path, component.revision, component.subfolder)]
+    if component.adapter is not None:
+        parts.insert(0, (component.adapter, component.adapter_revision, component.adapter_subfolder))
+    return parts
 
 
 # ---- sections ----
@@ -228,10 +230,10 @@ def _section(name: str, text: str) -> str:
     return SECTION.format(name=name, text=f"\n{text}\n")
 
 
-def _holds(config: MixturePolicyConfig) -> str:
+def _holds(config: MixturePolicyConfig, name: str) -> str:
     if all(component.name_or_path is None for component in config.components):
         return "This repository holds the components whole."
-    if any((component.adapter or "").startswith("./") for component in config.components):
+    if any(component.adapter is not None and _is_inside(component.adapter, name) for component in config.components):
         return (
             "This repository holds a configuration and adapters: what they lie over, and other components, are loaded\n"
             "from where they live."
@@ -248,6 +250,11 @@ def _loading(config: MixturePolicyConfig, name: str, with_code: bool) -> str:
     return text
 
 
+def _is_inside(path: str | None, name: str) -> bool:
+    """Whether a path leads into the repository that the card is of."""
+    return path is None or path.startswith("./") or path == name
+
+
 def _is_repo(path: str) -> bool:
     if os.path.isabs(path) or path.startswith(".") or os.path.isdir(path):
         return False
@@ -258,22 +265,22 @@ def _is_repo(path: str) -> bool:
     return True
 
 
-def _component_table(config: MixturePolicyConfig, licenses: Licenses) -> str:
+def _component_table(config: MixturePolicyConfig, name: str, licenses: Licenses) -> str:
     rows = [["objective", "weight", "policy", "revision", "license"], ["---"] * 5]
     for label, weight, component in zip(config.labels, config.mixture_weights, config.components):
-        rows.append([label, f"{weight:.4f}", *_component_cells(component, licenses)])
+        rows.append([label, f"{weight:.4f}", *_component_cells(component, name, licenses)])
     if config.reference is not None:
-        rows.append(["*reference*", "", *_component_cells(config.reference, licenses)])
+        rows.append(["*reference*", "", *_component_cells(config.reference, name, licenses)])
     return _table(rows)
 
 
-def _component_cells(component: MixtureComponent, licenses: Licenses) -> list[str]:
+def _component_cells(component: MixtureComponent, name: str, licenses: Licenses) -> list[str]:
     parts = _parts(component)
-    revisions = [_revision(*part) for part in parts]
+    revisions = [_revision(path, revision) for path, revision, _ in parts]
     cells = [
-        [_link(path) for path, _ in parts],
+        ["in this repository" if _is_inside(path, name) else _link(path, subfolder) for path, _, subfolder in parts],
         revisions if any(revision != "-" for revision in revisions) else ["-"],
-        [str(licenses.get(part) or "unknown") for part in parts],
+        [str(licenses.get((path, revision)) or "unknown") for path, revision, _ in parts],
     ]
     return [" over ".join(cell) for cell in cells]
 
@@ -283,11 +290,10 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
-def _link(path: str | None) -> str:
-    if path is None or path.startswith("./"):
-        return "in this repository"
+def _link(path: str, subfolder: str | None) -> str:
     # a folder of the author's machine means nothing to a reader
-    return f"[{path}](https://huggingface.co/{path})" if _is_repo(path) else f"`{os.path.basename(path.rstrip('/'))}`"
+    link = f"[{path}](https://huggingface.co/{path})" if _is_repo(path) else f"`{os.path.basename(path.rstrip('/'))}`"
+    return f"{link}, `{subfolder}`" if subfolder else link
 
 
 def _revision(path: str | None, revision: str | None) -> str:
@@ -306,12 +312,14 @@ def _fit_section(
     if not rewards and not plot:
         return ""
     weights = ", ".join(f"{label} {w:.4f}" for label, w in zip(config.labels, config.mixture_weights))
-    lines = ["", "## Fit", "", f"The fit ended at these weights: {weights}."]
+    lines = ["", "## Rewards and weights"]
     if rewards:
         names = list(next(iter(rewards.values())))
         rows = [["mean reward of", *names], ["---"] * (len(names) + 1)]
         rows += [[policy, *(_mean(values[name]) for name in names)] for policy, values in rewards.items()]
         lines += [*(["", note] if note else []), "", _table(rows)]
+    # the weights may change later, which the rewards do not follow
+    lines += ["", f"The weights of the mixture at that time: {weights}."]
     if plot:
         lines += ["", f"![Mixture weights during the fit]({plot})"]
     return "\n".join([*lines, ""])

@@ -32,7 +32,9 @@ def run_client(python: str | Path, role: str, hub: Hub, root: Path, token: str, 
     """Runs one user of the Hub, and returns what came of every step."""
     path = root / f"{role}.json"
     path.write_text(json.dumps({"work": str(root), **plan}))
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "PYTHONPATH"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    if str(python) != sys.executable:
+        kept.pop("PYTHONPATH", None)  # it may lead to mpo_hf
     own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(root / role), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token}
     command = [str(python), str(TESTS / "code_client.py"), role, str(path)]
     done = subprocess.run(

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from helpers import save_lora
 from hub_server import Hub
+from huggingface_hub import ModelCard
 from toy import LENGTH, PROMPTS, toy_policy, toy_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
@@ -474,7 +475,9 @@ def shared(world):
         folder = world / "by_repo_id"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config))
-        done = run_process("push", folder, "--repo_id", "author/mix", "--private", env=env)
+        (folder / "README.md").write_text("# Tea\n\nRewards: all of them.\n\n![The fit](weights.png)\n")
+        (folder / "weights.png").write_bytes(b"a picture")
+        done = run_process("push", folder, "--repo_id", "author/mix", "--private", "--with_code", env=env)
         assert done.returncode == 0, done.stderr[-3000:]
         yield SimpleNamespace(hub=hub, env=env, done=done)
 
@@ -487,6 +490,15 @@ def test_push_shares_a_pinned_mixture(shared):
     components = json.loads(files["config.json"])["components"]
     assert [c["revision"] for c in components] == [shared.hub.repos[f"org/{n}"].refs["main"] for n in "ab"]
     assert "author/mix" in shared.done.stdout
+
+
+def test_push_takes_the_card_of_the_folder_and_the_code_along(shared):
+    files = shared.hub.files("author/mix")
+    card = ModelCard(files["README.md"].decode())
+    assert card.text.strip() == "# Tea\n\nRewards: all of them.\n\n![The fit](weights.png)"
+    assert card.data.base_model == ["org/a", "org/b"] and "mpo" in card.data.tags
+    assert files["weights.png"] == b"a picture"
+    assert "modeling_mixture.py" in files and "AutoModelForCausalLM" in json.loads(files["config.json"])["auto_map"]
 
 
 def test_inspect_asks_the_hub(shared):

@@ -161,9 +161,19 @@ def test_table_links_to_what_was_pinned():
 def test_folders_of_the_author_stay_private():
     text = str(create_model_card(FOLDER, "mix"))
     assert "`kind`" in text and "somebody" not in text
-    assert "[in this repository" not in text and "in this repository over [org/sft]" in str(
-        create_model_card(UPLOADED, "mix")
-    )
+
+
+def test_what_lies_in_the_repository_itself_is_told_apart():
+    inside = {"name_or_path": "org/sft", "adapter": "org/mix", "adapter_subfolder": "adapters/terse"}
+    for config in (UPLOADED, MixturePolicyConfig(components=[inside])):
+        card = create_model_card(config, "org/mix")
+        assert (
+            "| in this repository over [org/sft](" in card.text and "holds a configuration and adapters" in card.text
+        )
+        assert card.data.base_model == ["org/sft"]
+    elsewhere = create_model_card(MixturePolicyConfig(components=[inside]), "org/other")
+    assert "[org/mix](https://huggingface.co/org/mix), `adapters/terse` over" in elsewhere.text
+    assert elsewhere.data.base_model == ["org/mix", "org/sft"]
 
 
 def test_card_says_how_to_load_the_mixture():
@@ -210,14 +220,14 @@ def test_without_rewards_or_steps_nothing_is_claimed(tmp_path):
         measured_rewards([], "mixture") == ({}, "") == measured_rewards(history((1, 1), proposal_key="x/"), "mixture")
     )
     assert save_plot([], tmp_path) is None and not os.listdir(tmp_path)
-    assert "## Fit" not in create_model_card(REPOS, "mix").text
+    assert "## Rewards" not in create_model_card(REPOS, "mix").text
 
 
 def test_card_shows_the_fit(tmp_path):
     rewards, note = measured_rewards(history((1.0, 0.5), (2.0, 0.5)), "reference")
     plot = save_plot(history((1.0, 0.5), (2.0, 0.5)), tmp_path)
     text = create_model_card(REPOS, "mix", rewards, plot, note).text
-    assert "The fit ended at these weights: helpful 0.2500, harm|less 0.7500." in text
+    assert "The weights of the mixture at that time: helpful 0.2500, harm|less 0.7500." in text
     assert "| the reference, steps 1 to 2 | 1.5000 ± 0.5000 | 0.5000 ± 0.0000 |" in text and note in text
     assert "![Mixture weights during the fit](weights.png)" in text
     assert (tmp_path / "weights.png").read_bytes().startswith(b"\x89PNG")
@@ -232,7 +242,7 @@ def test_what_an_author_has_written_stays():
     card.data.license, card.data.tags, card.data["datasets"] = "mit", ["tea", "mpo"], ["org/tea"]
     changed = MixturePolicyConfig(components=REPOS.components[:1])
     update_model_card(card, create_model_card(changed, "org/mix", with_code=True))
-    for kept in ("# My mix", "tea parties", "Thanks to all.", "## Fit", "helpful 0.2500"):
+    for kept in ("# My mix", "tea parties", "Thanks to all.", "## Rewards", "helpful 0.2500"):
         assert kept in card.text
     assert "| helpful | 1.0000 |" in card.text and "harmless-lora" not in card.text
     assert 'from_pretrained("org/mix", trust_remote_code=True)' in card.text and '"mix"' not in card.text

@@ -8,6 +8,7 @@ import statistics
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from huggingface_hub import ModelCard
 from toy import LENGTH, PROMPTS, toy_policy, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -147,6 +148,23 @@ def test_model_card_names_objectives_weights_and_rewards(mixture, tmp_path):
     assert f"| the reference, steps 1 to 6 | {sum(steps) / 6:.4f} ± {statistics.stdev(steps) / 6**0.5:.4f} |" in card
     assert "(weights.png)" in card and (tmp_path / "weights.png").exists()
     assert str(tmp_path.parent) not in card  # folders of this machine mean nothing to a reader
+
+
+def test_card_takes_what_push_to_hub_is_told(mixture, tmp_path):
+    trainer = make_trainer(mixture, tmp_path)
+    trainer.create_model_card(model_name="mine", license="mit", language="en", tags="tea", dataset_tags=["org/tea"])
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.license, data.language, data.datasets) == ("mit", "en", ["org/tea"])
+    assert {"tea", "mpo"} <= set(data.tags)
+
+
+def test_mixture_is_saved_with_its_code_if_asked(mixture, tmp_path):
+    for wanted in (True, False):
+        trainer = make_trainer(mixture, tmp_path / str(wanted), hub_with_code=wanted)
+        trainer.save_model()
+        assert (tmp_path / str(wanted) / "modeling_mixture.py").exists() == wanted
+        assert ("auto_map" in json.loads((tmp_path / str(wanted) / "config.json").read_text())) == wanted
+        assert ("trust_remote_code=True" in (tmp_path / str(wanted) / "README.md").read_text()) == wanted
 
 
 def test_policies_are_not_changed(mixture, folders, tmp_path):
