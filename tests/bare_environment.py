@@ -35,10 +35,13 @@ def bare_environment(folder: Path, *names: str) -> Path:
     return folder / "bin" / "python"
 
 
-def installed_environment(folder: Path, *names: str) -> Path:
-    """Makes a virtual environment and installs `names` there, at the versions that this one has."""
+def empty_environment(folder: Path) -> Path:
+    """Makes a virtual environment that has pip only."""
     venv.create(folder, symlinks=True, with_pip=True)
-    python = folder / "bin" / "python"
+    return folder / "bin" / "python"
+
+
+def install(python: Path, *names: str) -> None:
+    """Installs `names`, at the versions that this environment has."""
     pinned = [f"{name}=={metadata.version(name).split('+')[0]}" for name in names]
     subprocess.run([python, "-m", "pip", "install", "--quiet", *pinned], check=True)
-    return python

@@ -182,7 +182,7 @@ class Author:
 
     def push_during_training(self):
         local = {"name_or_path": "org/base", "adapter": self.plan["folders"]["terse-lora"], "label": "dry"}
-        options = {"push_to_hub": True, "hub_upload_adapters": True, "hub_always_push": True}
+        options = {"push_to_hub": True, "hub_upload_adapters": True, "hub_with_code": True, "hub_always_push": True}
         trainer = make_trainer([KIND, local], str(self.work / "pushed-often"), hub_token="author-token", **options)
         trainer.train()
         trainer.save_model()  # with `push_to_hub` among the arguments, this pushes too

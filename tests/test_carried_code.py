@@ -6,11 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
-from bare_environment import bare_environment, installed_environment
+from bare_environment import bare_environment, empty_environment, install
 from helpers import BOS, completions_of, save_lora
 from hub_server import Hub
 from toy import toy_policy, toy_tokenizer
@@ -74,12 +75,12 @@ def fill(hub: Hub, root: Path) -> dict[str, str]:
     return folders
 
 
-def tell(root: Path, pythons: dict[str, Path]) -> dict:
-    """An author pushes mixtures with their code; readers open them, in the environments `pythons`."""
+def tell(root: Path, readers: Iterable[tuple[str, Path]]) -> dict:
+    """An author pushes mixtures with their code; readers open them, each with a Python of their own."""
     with Hub({"author-token": "author", "reader-token": "reader"}, members=set()) as hub:
         folders = fill(hub, root)
         seen = {"Author": run_client(sys.executable, "Author", hub, root, "author-token", folders=folders)}
-        for role, python in pythons.items():
+        for role, python in readers:
             seen[role] = run_client(python, role, hub, root, "reader-token")
     return {**seen, "hub": hub, "root": root}
 
@@ -91,11 +92,9 @@ def code_of(files) -> set[str]:
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
     root = tmp_path_factory.mktemp("carried")
-    pythons = {
-        "ReaderWithoutPeft": bare_environment(root / "bare", "torch", "transformers"),
-        "Reader": bare_environment(root / "with-peft", "torch", "transformers", "peft"),
-    }
-    return tell(root, pythons)
+    bare = bare_environment(root / "bare", "torch", "transformers")
+    with_peft = bare_environment(root / "with-peft", "torch", "transformers", "peft")
+    return tell(root, [("ReaderWithoutPeft", bare), ("Reader", with_peft)])
 
 
 def result(outcome: dict):
@@ -270,13 +269,17 @@ def test_registration_as_transformers_users_do_it(copies, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_freshly_installed_environments(tmp_path):
-    """Downloads torch: two environments, as `pip install` makes them."""
-    pythons = {
-        "ReaderWithoutPeft": installed_environment(tmp_path / "bare", "torch", "transformers"),
-        "Reader": installed_environment(tmp_path / "with-peft", "torch", "transformers", "peft"),
-    }
-    story = tell(tmp_path, pythons)
+def test_freshly_installed_environment(tmp_path):
+    """Downloads torch: an environment as `pip install` makes it, first without and then with PEFT."""
+
+    def readers():
+        python = empty_environment(tmp_path / "fresh")
+        install(python, "torch", "transformers")
+        yield "ReaderWithoutPeft", python
+        install(python, "peft")
+        yield "Reader", python
+
+    story = tell(tmp_path, readers())
     test_the_environments_lack_what_they_should(story)
     test_mixture_writes_the_same_tokens_as_with_mpo_hf(story)
     test_revisions_are_kept_to(story)

@@ -359,4 +359,5 @@ def test_trainer_pushes_during_the_fit(story):
         components = json.loads(files["config.json"])["components"]
         assert components[0]["revision"] == story["commits"]["kind"]
         assert f"{components[1]['adapter'].removeprefix('./')}/adapter_model.safetensors" in files
+        assert {"configuration_mixture.py", "modeling_mixture.py"} <= set(files)
     assert_equal(result(story["reader"]["open_pushed_often"]), pushed)

@@ -6,6 +6,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -553,10 +554,13 @@ class MPOTrainer(Trainer):
             return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        adapters = os.path.join(checkpoint_folder, "adapters")
-        if self.is_world_process_zero() and os.path.isdir(adapters):
-            # Trainer copies files of known names to the folder that is pushed, and no folders
-            shutil.copytree(adapters, os.path.join(self.args.output_dir, "adapters"), dirs_exist_ok=True)
+        if self.is_world_process_zero():
+            # Trainer copies files of known names to the folder that is pushed: neither folders nor code
+            adapters = os.path.join(checkpoint_folder, "adapters")
+            if os.path.isdir(adapters):
+                shutil.copytree(adapters, os.path.join(self.args.output_dir, "adapters"), dirs_exist_ok=True)
+            for path in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(path, self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
     @contextmanager
