@@ -8,9 +8,11 @@ from .configuration_mixture import MixtureComponent, MixturePolicyConfig
 from .logits_process import MixtureLogitsProcessor
 from .modeling_mixture import MixturePolicyModel
 from .optim import MirrorDescent
+from .sequence_level import sequence_level_beam_search, sequential_monte_carlo
 
 
 if TYPE_CHECKING:
+    from .preference_selection import select_completions
     from .rewards import RewardModelSpec
     from .trainer import MPOConfig, MPOTrainer
 
@@ -24,6 +26,9 @@ __all__ = [
     "MixturePolicyConfig",
     "MixturePolicyModel",
     "RewardModelSpec",
+    "select_completions",
+    "sequence_level_beam_search",
+    "sequential_monte_carlo",
 ]
 
 AutoConfig.register(MixturePolicyConfig.model_type, MixturePolicyConfig, exist_ok=True)
@@ -40,4 +45,8 @@ def __getattr__(name: str):
         from .rewards import RewardModelSpec
 
         return RewardModelSpec
+    if name == "select_completions":
+        from .preference_selection import select_completions
+
+        return select_completions
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
