@@ -65,9 +65,11 @@ def open_policies() -> MixturePolicyModel:
     return MixturePolicyModel.from_policies(components)
 
 
-def evaluate(policy: MixturePolicyModel, tokenizer, prompts: list, max_completion_length: int) -> torch.Tensor:
+def evaluate(
+    policy: MixturePolicyModel, tokenizer, prompts: list, max_completion_length: int, seed: int = 1
+) -> torch.Tensor:
     """Rewards of one completion for each prompt, shape (prompts, objectives)."""
-    set_seed(1)
+    set_seed(seed)
     completions = sample_completions(
         policy,
         tokenize_prompts(prompts, tokenizer),

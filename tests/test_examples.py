@@ -26,14 +26,35 @@ def test_adapters_are_small_safe_and_name_their_base(name):
         assert any("lora_A" in key for key in file.keys())
 
 
-def test_quickstart_runs_from_end_to_end(tmp_path):
-    command = [sys.executable, "examples/quickstart.py", "--output_dir", str(tmp_path), "--max_steps", "2"]
-    command += ["--max_completion_length", "12", "--num_eval_prompts", "4"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+def run_example(script: str, *options: str) -> str:
+    """What one of the examples prints."""
+    command, env = [sys.executable, f"examples/{script}", *options], {**os.environ, "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+def test_quickstart_runs_from_end_to_end(tmp_path):
+    options = ["--max_steps", "2", "--max_completion_length", "12", "--num_eval_prompts", "4"]
+    output = run_example("quickstart.py", "--output_dir", str(tmp_path), *options)
     for expected in ("mean reward ± standard error", "uniform mixture", "fitted mixture", "[policy: concise]"):
-        assert expected in run.stdout
+        assert expected in output
     assert (tmp_path / "weights.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((tmp_path / "config.json").read_text())
     assert sum(config["mixture_weights"]) == pytest.approx(1)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_distillation_goes_on_where_it_stopped_and_leaves_an_adapter(tmp_path):
+    mixture, student = str(tmp_path / "mixture"), tmp_path / "student"
+    few = ["--max_completion_length", "8", "--num_eval_prompts", "2"]
+    run_example("quickstart.py", "--output_dir", mixture, "--max_steps", "1", *few)
+    options = ["--mixture", mixture, "--output_dir", str(student), "--batch_size", "2", "--num_eval_completions", "1"]
+    run_example("distill.py", *options, *few, "--max_steps", "5")
+    output = run_example("distill.py", *options, *few, "--max_steps", "6")
+    for expected in ("student - fitted mixture, readable:", "of the gain in the minimum reward"):
+        assert expected in output
+    state = json.loads((student / "checkpoint-6" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [5]
+    assert (student / "student" / "adapter_model.safetensors").stat().st_size < 6_000_000
