@@ -1,9 +1,11 @@
-"""Entropic mirror descent on the probability simplex, as a `torch.optim.Optimizer`."""
+"""Optimizers of mixture weights on the simplex: entropic mirror descent, and the exact minimum on a table."""
 
 from collections.abc import Callable, Iterable
 
 import torch
 from torch.optim import Optimizer
+
+from .estimation import DualTable, minimize_dual
 
 
 def entropic_mirror_step(log_weights: torch.Tensor, grad: torch.Tensor, lr: float) -> torch.Tensor:
@@ -132,3 +134,29 @@ def _check_interior_point(param: torch.Tensor) -> None:
             f"Got shape {tuple(values.shape)} with values {values.tolist()}. A zero weight would stay zero for ever; "
             "start from a small positive one."
         )
+
+
+class DualMinimizer(Optimizer):
+    r"""
+    Moves mixture weights to the minimum of the dual objective on a table of completions, where mirror descent would take
+    a step towards it.
+
+    Args:
+        params (`Iterable[torch.nn.Parameter]`): the mixture weights, shape `(K,)`.
+        table (`Callable`):
+            Returns the [`~mpo_hf.estimation.DualTable`] to minimise, or `None` to leave the weights as they are.
+    """
+
+    def __init__(self, params: Iterable[torch.nn.Parameter], table: Callable[[], DualTable | None]):
+        super().__init__(params, {"lr": 1.0})
+        self.table = table
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> None:
+        """Moves every parameter to the minimum."""
+        table = self.table()
+        if table is not None:
+            (weights,), _ = minimize_dual(table)
+            for group in self.param_groups:
+                for param in group["params"]:
+                    param.copy_(weights)

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerB
 from trl import is_conversational
 
 from .modeling_mixture import MixturePolicyModel
+from .pooling import log_linear_pool
 
 
 @dataclass
@@ -206,6 +207,42 @@ def completion_logps(
         token_logps = (_token_logps(_completion_logits(policy, chunk), chunk.completion_ids) for policy in policies)
         logps.append(torch.stack([(logps * mask).sum(-1) for logps in token_logps], dim=-1))
     return torch.cat(logps)
+
+
+@torch.no_grad()
+def mixture_logps(
+    policies: Sequence[MixturePolicyModel],
+    completions: Completions,
+    mixtures: Sequence[Sequence[float]],
+    temperature: float = 1.0,
+    batch_size: int = 8,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Log-probabilities of whole completions under K policies, and under S token-level mixtures of them, in one pass of
+    each policy.
+
+    Args:
+        policies (`Sequence[MixturePolicyModel]`): the policies, such as [`MixturePolicyModel.policy`] returns.
+        completions ([`Completions`]): N completions.
+        mixtures (`Sequence[Sequence[float]]`): the mixture weights of each mixture, S of K.
+        temperature (`float`, *optional*, defaults to 1.0): temperature that the mixtures are sampled at.
+        batch_size (`int`, *optional*, defaults to 8): completions a forward pass.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: \\(\log \pi_k(y)\\) of shape `(N, K)`, and the log-probability of y when
+        it is drawn from each mixture, of shape `(N, S)`; float64, on the CPU.
+    """
+    weights = torch.tensor(mixtures, dtype=torch.float64).reshape(-1, len(policies))
+    policy_logps, pooled_logps = [], []
+    for chunk in completions.chunks(batch_size):
+        mask = chunk.completion_mask.double().cpu()
+        ids = chunk.completion_ids
+        logits = [_completion_logits(policy, chunk) for policy in policies]
+        pooled = (log_linear_pool(logits, row) / temperature for row in weights)
+        for found, rows in ((policy_logps, logits), (pooled_logps, pooled)):
+            sums = [(_token_logps(row, ids) * mask).sum(-1) for row in rows]
+            found.append(torch.stack(sums, dim=-1) if sums else mask.new_zeros(len(ids), 0))
+    return torch.cat(policy_logps), torch.cat(pooled_logps)
 
 
 def _completion_logits(policy: MixturePolicyModel, chunk: Completions) -> torch.Tensor:

@@ -26,6 +26,22 @@ class MPOConfig(TrainingArguments):
             The policy that completions are drawn from. `"reference"`: the reference policy, as in the paper's
             Algorithm 2. `"mixture"`: the current mixture, reweighted exactly. Defaults to `"reference"` for the reward
             objective and to `"mixture"` for the implicit one, where samples of the reference collapse.
+        estimator (`str`, *optional*, defaults to `"bsmd"`):
+            `"bsmd"`: batch stochastic mirror descent, the paper's Algorithm 2, where every step looks at completions of its
+            own. `"mis"`: multiple importance sampling. All completions so far are kept under `output_dir/rollouts`, every
+            step moves to the minimum of the dual objective on all of them, and
+            [`MPOTrainer.certificate`] says how far it may be from the true one. Takes a fraction of the completions.
+        tolerance (`float`, *optional*):
+            With `estimator="mis"`, end the fit as soon as the upper confidence bound of the duality gap, in nats, is
+            below this. Without, it takes `max_steps` steps.
+        confidence (`float`, *optional*, defaults to 0.95):
+            Level of that bound.
+        num_resamples (`int`, *optional*, defaults to 200):
+            Bootstrap replicates that it is computed from.
+        refresh_below (`float`, *optional*, defaults to 0.5):
+            With `estimator="mis"` and the mixture as proposal, the effective sample size (a fraction) below which
+            completions are from then on drawn from the mixture at the weights of that moment. Until then they come from
+            the weights that the fit starts from.
         num_generations (`int`, *optional*, defaults to 16):
             Completions a prompt, m. At least 2; the bias of the estimates falls as 1/m.
         per_device_train_batch_size (`int`, *optional*, defaults to 32):
@@ -93,6 +109,20 @@ class MPOConfig(TrainingArguments):
             "help": "Whom to draw completions from: 'reference' or 'mixture'. Default: what suits the objective."
         },
     )
+    estimator: str = field(
+        default="bsmd",
+        metadata={
+            "help": "'bsmd' (the paper's mirror descent) or 'mis' (all completions so far, with a certificate)."
+        },
+    )
+    tolerance: float | None = field(
+        default=None, metadata={"help": "With 'mis': end when the bound of the duality gap, in nats, is below this."}
+    )
+    confidence: float = field(default=0.95, metadata={"help": "Level of the bound of the duality gap."})
+    num_resamples: int = field(default=200, metadata={"help": "Bootstrap replicates behind the bound."})
+    refresh_below: float = field(
+        default=0.5, metadata={"help": "With 'mis': effective sample size below which the proposal is renewed."}
+    )
     num_generations: int = field(default=16, metadata={"help": "Completions a prompt, m >= 2."})
     step_scale: float = field(default=2.0, metadata={"help": "Constant c of the default step size c/sqrt(T)."})
     average_iterates: bool = field(default=True, metadata={"help": "Return the average of all iterates."})
@@ -139,10 +169,17 @@ class MPOConfig(TrainingArguments):
         if self.proposal is None:
             self.proposal = "reference" if self.objective == "reward" else "mixture"
         _check_choice("proposal", self.proposal, ("reference", "mixture"))
+        _check_choice("estimator", self.estimator, ("bsmd", "mis"))
+        if self.tolerance is not None and self.estimator != "mis":
+            raise ValueError(
+                f'`tolerance={self.tolerance}` needs `estimator="mis"`: mirror descent does not know how far it has come.'
+            )
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"`confidence` must be between 0 and 1, got {self.confidence}.")
         for name in ("beta", "temperature", "step_scale"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)}.")
-        for name in ("max_completion_length", "logps_batch_size", "normalization_prompts"):
+        for name in ("max_completion_length", "logps_batch_size", "normalization_prompts", "num_resamples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.num_generations < 2:

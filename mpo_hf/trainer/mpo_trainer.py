@@ -1,6 +1,7 @@
 """Fits the weights of a mixture of policies by batch stochastic mirror descent."""
 
 import functools
+import math
 import os
 import shutil
 from collections import defaultdict
@@ -30,15 +31,18 @@ from trl import is_conversational
 
 from ..component_loading import Policy, hub_kwargs
 from ..configuration_mixture import MixturePolicyConfig
+from ..estimation import Certificate
 from ..hub import carries_code, check_pushable, code_alongside, shared_config
 from ..model_card import add_tags, create_model_card
 from ..modeling_mixture import MixturePolicyModel
 from ..objectives import dual_objective, effective_sample_size, implicit_dual_objective, on_policy_objective
-from ..optim import MirrorDescent
+from ..optim import DualMinimizer, MirrorDescent
 from ..rewards import RewardModelSpec, make_reward_functions, normalize_rewards
+from ..rollout_store import COLUMNS, RolloutStore, given_rollouts
 from ..rollouts import Completions, completion_logps, sample_completions, tokenize_prompts
 from .fit_card import measured_rewards, save_plot
 from .mpo_config import MPOConfig
+from .rollout_fit import RolloutFit, pad_completions
 
 
 logger = logging.get_logger(__name__)
@@ -80,6 +84,11 @@ class MPOTrainer(Trainer):
             Tokenizers of reward models, as in `GRPOTrainer`.
         callbacks (`list[TrainerCallback]`, *optional*):
             Further callbacks.
+        rollouts (`str`, `os.PathLike` or [`~datasets.Dataset`], *optional*):
+            Completions to fit to, instead of prompts, with `estimator="mis"`: the folder `rollouts` of an earlier fit, or
+            a table with columns `prompt` and `completion` (better: `completion_ids`) that was sampled elsewhere. What is
+            missing is computed: `policy_logps`, `reference_logps`, and `rewards` when `reward_funcs` are given. Without
+            `proposal_logps` the completions are taken to be from the reference policy.
 
     Raises:
         `ValueError`: for arguments that do not fit together, before anything is sampled.
@@ -120,16 +129,20 @@ class MPOTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        rollouts: str | os.PathLike | Dataset | None = None,
     ):
         args = args if args is not None else MPOConfig("mpo_output")
         if not isinstance(args, MPOConfig):
             raise ValueError(f"`args` must be an MPOConfig, got {type(args).__name__}.")
-        _check_prompts("train_dataset", train_dataset)
+        if rollouts is None:
+            _check_prompts("train_dataset", train_dataset)
+        elif train_dataset is not None or args.estimator != "mis":
+            raise ValueError('`rollouts` takes the place of `train_dataset`, and needs `estimator="mis"`.')
         for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
             _check_prompts(f"eval_dataset {name}".strip(), dataset, required=False)
         if reward_funcs is not None and not isinstance(reward_funcs, list | tuple):
             reward_funcs = [reward_funcs]
-        if not reward_funcs and args.objective == "reward":
+        if not reward_funcs and args.objective == "reward" and rollouts is None:
             raise ValueError('`objective="reward"` needs `reward_funcs`, one an objective. Without, try "implicit".')
         if isinstance(model, list | tuple) and reward_funcs and len(reward_funcs) != len(model):
             raise ValueError(
@@ -161,6 +174,9 @@ class MPOTrainer(Trainer):
         )
         self.objective_names = _objective_names(model.config, [reward.name for reward in self.reward_functions])
         self.policies = [model.policy(k) for k in range(len(labels))]
+        self._fits_given = rollouts is not None
+        if self._fits_given:
+            train_dataset, densities = given_rollouts(rollouts, self.objective_names)
         # λ lives outside the model: nothing in the model is trained, and float64 makes resuming exact
         self.weights = nn.Parameter(torch.tensor(model.config.mixture_weights, dtype=torch.float64))
 
@@ -184,18 +200,47 @@ class MPOTrainer(Trainer):
         model.add_model_tags(self._tag_names)
         set_seed(args.seed, device_specific=True)
         self._eos_token_ids = _eos_token_ids(model, processing_class)
-        self._check_prompt_lengths(train_dataset)
+        if self._fits_given:
+            batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            args.max_steps = math.ceil(len(train_dataset) / (batch * self.accelerator.num_processes))
+        else:
+            self._check_prompt_lengths(train_dataset)
         for reward in self.reward_functions:
             reward.to(self.accelerator.device)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._warned_collapse = False
         self._config_is_shared = False
-        self.add_callback(_RewardOffsets)
+        self.rollouts = None
+        if args.estimator == "mis":
+            self.rollouts = RolloutFit(self, self._rollout_store(), densities if self._fits_given else None)
+        self.add_callback(_FitState)
         self.add_callback(_MirrorDescentCallback(self))
+
+    def _rollout_store(self) -> RolloutStore:
+        config = self.model.config
+        if config.plausibility:
+            raise ValueError(
+                'A plausibility constraint depends on more than completions tell. Use `estimator="bsmd"` with it.'
+            )
+        info = {
+            "objectives": self.objective_names,
+            "policies": [component.to_dict() for component in config.components],
+            "reference": config.reference.to_dict() if config.reference is not None else None,
+            "temperature": self.args.temperature,
+            "max_completion_length": self.args.max_completion_length,
+        }
+        return RolloutStore(os.path.join(self.args.output_dir, "rollouts"), info)
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """How good the weights are, with `estimator="mis"`: a bound of the duality gap, standard errors, rewards."""
+        return self.rollouts.certificate if self.rollouts is not None else None
 
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader:
+        if self._fits_given:
+            return self._prompt_dataloader(self.train_dataset, self.args.per_device_train_batch_size, shuffle=False)
         return self._prompt_dataloader(
             self.train_dataset, self.args.train_prompts_per_device, self.args.shuffle_dataset, whole_batches=True
         )
@@ -250,7 +295,10 @@ class MPOTrainer(Trainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The dual objective at the current weights, estimated from completions of the prompts in `inputs`."""
-        loss = self._dual_objective(inputs, self.weights, "train")
+        if self.rollouts is not None:
+            loss = self._dual_objective_of_all(inputs)
+        else:
+            loss = self._dual_objective(inputs, self.weights, "train")
         # the trainer adds losses up on its own device, in float32
         return loss.float().to(self.args.device)
 
@@ -279,6 +327,48 @@ class MPOTrainer(Trainer):
         self._record_step(mode, loss, log_weights, rewards, completions)
         return loss
 
+    def _dual_objective_of_all(self, inputs: list[dict[str, Any]]) -> torch.Tensor:
+        """The dual objective of all completions so far, after drawing those of another step."""
+        self.model.eval()
+        known = None
+        if self._fits_given:
+            completions, known = self._given_completions(inputs), _columns(inputs)
+        else:
+            completions = self.sample(inputs, torch.tensor(self.rollouts.proposal, dtype=torch.float64))
+        rewards = self._known_rewards(known)
+        if self.reward_functions:
+            rewards = self.score_rewards(inputs, completions)
+        self.rollouts.collect(self._repeated(inputs, completions), completions, rewards, known)
+        self.rollouts.prepare_table()
+        values, _ = self.rollouts.table.by_prompt(self.weights.unsqueeze(0))
+        self._record_completions("train", completions, rewards)
+        return values.mean()
+
+    def _given_completions(self, inputs: list[dict[str, Any]]) -> Completions:
+        """Completions that came with the dataset. Texts are tokenized, and end with the end token."""
+        known = _columns(inputs)
+        prompt_ids = known["prompt_ids"] if "prompt_ids" in known else self._tokenize(known["prompt"])
+        if "completion_ids" in known:
+            completion_ids = known["completion_ids"]
+        else:
+            texts = [c if isinstance(c, str) else c[-1]["content"] for c in known["completion"]]
+            encoded = self.processing_class(text=texts, add_special_tokens=False)["input_ids"]
+            end = [self.processing_class.eos_token_id] if self.processing_class.eos_token_id is not None else []
+            completion_ids = [ids + end for ids in encoded]
+        return pad_completions(prompt_ids, completion_ids, self.processing_class.pad_token_id, self.model.device)
+
+    def _known_rewards(self, known: dict[str, list] | None) -> torch.Tensor | None:
+        if self.args.objective == "reward" and not self.reward_functions and None in known.get("rewards", [None]):
+            raise ValueError(
+                f"The rewards of {self.objective_names} are not all known from the rollouts. Pass `reward_funcs`."
+            )
+        rewards = known.get("rewards", [None]) if known else [None]
+        return None if None in rewards else torch.tensor(rewards, dtype=torch.float64)
+
+    def _repeated(self, inputs: list[dict[str, Any]], completions: Completions) -> list[dict[str, Any]]:
+        """The example that every completion belongs to."""
+        return [example for example in inputs for _ in range(len(completions) // len(inputs))]
+
     def sample(self, inputs: list[dict[str, Any]], weights: torch.Tensor) -> Completions:
         """Draws `num_generations` completions of every prompt from the proposal."""
         on_mixture = self.args.proposal == "mixture"
@@ -304,17 +394,21 @@ class MPOTrainer(Trainer):
         self, inputs: list[dict[str, Any]], completions: Completions, objectives: Sequence[int] | None = None
     ) -> torch.Tensor:
         """Rewards of every completion, all or those of some `objectives`: shape `(N, K)`, float64, on the CPU."""
-        repeated = [example for example in inputs for _ in range(self.args.num_generations)]
-        prompts = [example["prompt"] for example in repeated]
-        completion_ids = completions.id_lists()
-        texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
-        if is_conversational({"prompt": prompts[0]}):
-            texts = [[{"role": "assistant", "content": text}] for text in texts]
-        columns = {name: [e[name] for e in repeated] for name in repeated[0] if name not in ("prompt", "completion")}
+        repeated = self._repeated(inputs, completions)
+        prompts, completion_ids = [example["prompt"] for example in repeated], completions.id_lists()
+        texts = self.completion_texts(repeated, completions)
+        columns = {name: [e[name] for e in repeated] for name in repeated[0] if name not in ("prompt", *COLUMNS)}
         columns |= {"completion_ids": completion_ids, "trainer_state": self.state}
         functions = self.reward_functions if objectives is None else [self.reward_functions[k] for k in objectives]
         rewards = [reward(prompts, texts, **columns) for reward in functions]
         return torch.stack(rewards, dim=-1).double().cpu()
+
+    def completion_texts(self, examples: list[dict[str, Any]], completions: Completions) -> list:
+        """The completions as rewards see them: texts, or conversations where the prompts of `examples` are."""
+        texts = self.processing_class.batch_decode(completions.id_lists(), skip_special_tokens=True)
+        if is_conversational({"prompt": examples[0]["prompt"]}):
+            return [[{"role": "assistant", "content": text}] for text in texts]
+        return texts
 
     def prediction_step(
         self,
@@ -342,21 +436,25 @@ class MPOTrainer(Trainer):
         exponentials of sequence log-ratios, so it does not collapse with length. Estimated once, before the first step.
         Zeros where rewards are not normalised.
         """
-        offsets = self._offsets_callback().offsets
+        offsets = self._fit_state().offsets
         return torch.tensor(offsets or [0.0] * len(self.objective_names), dtype=torch.float64)
 
-    def _offsets_callback(self) -> "_RewardOffsets":
+    def _fit_state(self) -> "_FitState":
         # looked up, not kept: Trainer may put a restored callback into its place
-        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, _RewardOffsets))
+        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, _FitState))
+
+    def _saved_state(self) -> dict[str, Any]:
+        """What the checkpoint that is resumed says of the fit."""
+        return self.state.stateful_callbacks.get(_FitState.__name__, {}).get("attributes", {})
 
     def prepare_reward_offsets(self) -> None:
         """Estimates the reward offsets, or takes them from the checkpoint that is resumed. Called as training begins."""
-        args, callback = self.args, self._offsets_callback()
+        args, callback = self.args, self._fit_state()
         needed = args.objective == "reward" and args.proposal == "mixture" and args.normalize_rewards
+        needed = needed and self.rollouts is None
         if not needed or callback.offsets is not None:
             return
-        saved = self.state.stateful_callbacks.get(type(callback).__name__, {})
-        callback.offsets = saved.get("attributes", {}).get("offsets") or self._estimate_reward_offsets()
+        callback.offsets = self._saved_state().get("offsets") or self._estimate_reward_offsets()
 
     def _estimate_reward_offsets(self) -> list[float]:
         args, size = self.args, self.args.train_prompts_per_device
@@ -374,17 +472,26 @@ class MPOTrainer(Trainer):
         means = torch.stack([torch.cat(v).mean() for v in values]).to(self.accelerator.device)
         return self.accelerator.reduce(means, reduction="mean").tolist()
 
+    def begin_rollouts(self) -> None:
+        """Reads the completions of earlier steps. Called as training begins."""
+        self.rollouts.begin(self.state.global_step, self._saved_state().get("rollouts"))
+        self._fit_state().rollouts = self.rollouts
+        with torch.no_grad():
+            self.weights.copy_(torch.tensor(self.model.config.mixture_weights))
+
     # ---- the optimiser ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
+        if self.optimizer is None and self.rollouts is not None:
+            self.optimizer = DualMinimizer([self.weights], self.rollouts.take_table)
+        elif self.optimizer is None:
             self.optimizer = MirrorDescent([self.weights], lr=self.args.step_size(self.state.max_steps))
         return self.optimizer
 
     def fitted_weights(self) -> torch.Tensor:
         """The result so far, shape `(K,)`, float64: the average of the iterates, or the last one."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if not self.args.average_iterates or optimizer is None:
+        if not isinstance(optimizer, MirrorDescent) or not self.args.average_iterates:
             return self.weights.detach().clone()
         return optimizer.average(self.weights)
 
@@ -409,12 +516,29 @@ class MPOTrainer(Trainer):
         fraction = effective_sample_size(log_weights.detach()) / log_weights.shape[-1]
         self.record(mode, "dual_objective", loss.reshape(1))
         self.record(mode, "effective_sample_size", fraction)
+        self._record_completions(mode, completions, rewards)
+        if mode == "train":
+            self._warn_of_collapse(self._metrics[mode]["effective_sample_size"][-1])
+
+    def _record_completions(self, mode: str, completions: Completions, rewards: torch.Tensor | None) -> None:
         self.record(mode, "completions/mean_length", completions.completion_mask.sum(-1))
         if rewards is not None:
             for name, values in zip(self.objective_names, rewards.reshape(-1, rewards.shape[-1]).unbind(-1)):
                 self.record(mode, f"rewards/{name}", values)
-        if mode == "train":
-            self._warn_of_collapse(self._metrics[mode]["effective_sample_size"][-1])
+
+    def _record_certificate(self) -> None:
+        """What is known of the weights after they have been fitted to a larger table."""
+        certificate, table = self.certificate, self.rollouts.table
+        fraction = table.effective_sample_sizes(self.weights.detach())
+        self.record(
+            "train", "dual_objective", table.by_prompt(self.weights.detach().unsqueeze(0))[0].mean().reshape(1)
+        )
+        self.record("train", "effective_sample_size", fraction.mean().reshape(1))
+        self._warn_of_collapse(self._metrics["train"]["effective_sample_size"][-1])
+        if certificate is not None:
+            self.record("train", "duality_gap_bound", torch.tensor([certificate.duality_gap_bound]))
+            for name, error in zip(self.objective_names, certificate.standard_errors):
+                self.record("train", f"standard_errors/{name}", error.reshape(1))
 
     def _warn_of_collapse(self, fraction: float) -> None:
         if fraction >= self.args.min_effective_sample_size or self._warned_collapse:
@@ -610,6 +734,8 @@ class _MirrorDescentCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.prepare_reward_offsets()
+        if self.trainer.rollouts is not None:
+            self.trainer.begin_rollouts()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         weights = self.trainer.weights
@@ -619,18 +745,30 @@ class _MirrorDescentCallback(TrainerCallback):
         self.trainer.record("train", "grad_norm", weights.grad.norm().reshape(1))
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.weights.grad = None  # Trainer clears the gradients of the model, where the weights are not
-        self.trainer.model.mixture_weights = self.trainer.fitted_weights()
+        trainer = self.trainer
+        trainer.weights.grad = None  # Trainer clears the gradients of the model, where the weights are not
+        trainer.model.mixture_weights = trainer.fitted_weights()
+        if trainer.rollouts is not None and trainer.rollouts.certify(trainer.fitted_weights()):
+            trainer._record_certificate()
+            bound = trainer.certificate.duality_gap_bound if trainer.certificate is not None else None
+            if args.tolerance is not None and bound is not None and bound <= args.tolerance:
+                control.should_training_stop = True
 
 
-class _RewardOffsets(TrainerCallback, ExportableState):
-    """Carries the estimated reward offsets through checkpoints."""
+class _FitState(TrainerCallback, ExportableState):
+    """Carries what is neither in the model nor in the optimizer through checkpoints."""
 
     def __init__(self):
         self.offsets: list[float] | None = None
+        self.rollouts: RolloutFit | None = None
 
     def state(self) -> dict:
-        return {"args": {}, "attributes": {"offsets": self.offsets}}
+        rollouts = self.rollouts.state() if self.rollouts is not None else None
+        return {"args": {}, "attributes": {"offsets": self.offsets, "rollouts": rollouts}}
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _check_prompts(name: str, dataset: Dataset | IterableDataset | None, required: bool = True) -> None:

@@ -1,0 +1,340 @@
+"""Fits that keep every completion: exactness, what is kept, fitting it again, interruptions, errors."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import torch
+from datasets import Dataset, load_dataset
+from test_fit_exactness import FAR, fit
+from test_trainer import Interrupt, count_b, count_c, folders, make_args, make_trainer  # noqa: F401
+from toy import PROMPTS, sequence_logps, toy_tokenizer
+
+from mpo_hf import MixturePolicyModel, MPOTrainer
+from mpo_hf.estimation import minimize_dual
+from mpo_hf.rewards import RewardError
+from mpo_hf.rollout_store import write_whole
+
+
+LABELS = ["a", "b"]
+
+
+@pytest.fixture
+def trainer(folders, tmp_path):  # noqa: F811
+    def make(name="run", mixture=None, **kwargs):
+        if mixture is None:
+            policies = [folders / label for label in LABELS]
+            mixture = MixturePolicyModel.from_policies(policies, reference=folders / "ref", labels=LABELS)
+        return make_trainer(mixture, tmp_path / name, **{"estimator": "mis", "num_resamples": 20, **kwargs})
+
+    return make
+
+
+def refit(folders, store, tmp_path, name="again", labels=LABELS, rewards=None, **kwargs):  # noqa: F811
+    mixture = MixturePolicyModel.from_policies(
+        [folders / label for label in labels], reference=folders / "ref", labels=list(labels)
+    )
+    return MPOTrainer(
+        model=mixture,
+        reward_funcs=rewards,
+        args=make_args(tmp_path / name, estimator="mis", num_resamples=20, **kwargs),
+        processing_class=toy_tokenizer(),
+        rollouts=store,
+    )
+
+
+def never(*args, **kwargs):
+    raise AssertionError("this should not have been called")
+
+
+# ---- exactness ----
+
+
+@pytest.mark.parametrize(
+    "objective, proposal, factor",
+    [("reward", "mixture", 0.1), ("reward", "reference", 0.5), ("implicit", "mixture", 0.1)],
+)
+def test_few_completions_close_most_of_the_gap(tmp_path, objective, proposal, factor):
+    """A tenth of what mirror descent is given in `test_fit_exactness`, and less."""
+    gap, uniform_gap, _ = fit(
+        tmp_path, objective, proposal, FAR, num_generations=32, steps=30, estimator="mis", num_resamples=10
+    )
+    assert uniform_gap > 0.05
+    assert 0 <= gap <= factor * uniform_gap
+
+
+def test_the_fit_ends_when_it_is_sure_enough(trainer):
+    run = trainer(tolerance=0.02, max_steps=200, per_device_train_batch_size=16, beta=1.0)
+    run.train()
+    assert run.state.global_step < 200
+    assert 0 < run.certificate.duality_gap_bound <= 0.02
+    assert run.state.log_history[-2]["duality_gap_bound"] == pytest.approx(run.certificate.duality_gap_bound)
+
+
+# ---- what is kept ----
+
+
+def test_everything_that_is_known_of_a_completion_is_kept(trainer, folders, tmp_path):  # noqa: F811
+    run = trainer(proposal="mixture", gradient_accumulation_steps=2, max_steps=3)
+    run.train()
+    files = sorted(os.listdir(tmp_path / "run" / "rollouts"))
+    assert [f for f in files if f.startswith("rollouts-")] == [
+        f"rollouts-0000000{step}-000{part}.parquet" for step in (1, 2, 3) for part in (0, 1)
+    ]
+    table = load_dataset("parquet", data_files=str(tmp_path / "run/rollouts/rollouts-*.parquet"), split="train")
+    assert len(table) == 3 * 2 * 8 and len(set(table["id"])) == len(table)
+    policies = {label: run.policies[k] for k, label in enumerate(LABELS)}
+    for row in table.select(range(0, len(table), 7)):
+        ids = torch.tensor([row["completion_ids"]])
+        assert toy_tokenizer()(row["prompt"])["input_ids"] == row["prompt_ids"]
+        assert row["completion"] == toy_tokenizer().decode(row["completion_ids"], skip_special_tokens=True)
+        expected = [sequence_logps(policies[label], row["prompt_ids"], ids).item() for label in LABELS]
+        assert row["policy_logps"] == pytest.approx(expected, abs=1e-4)
+        assert row["reference_logps"] == pytest.approx(
+            sequence_logps(run.reference_policy, row["prompt_ids"], ids).item(), abs=1e-4
+        )
+        mixture = MixturePolicyModel.from_policies([folders / n for n in LABELS], weights=row["proposal"])
+        assert row["proposal_logps"] == pytest.approx(sequence_logps(mixture, row["prompt_ids"], ids).item(), abs=1e-4)
+        assert row["rewards"] == [count_c([row["completion"]])[0], count_b([row["completion"]])[0]]
+
+
+def test_proposals_that_drew_for_one_prompt_are_weighed_together(trainer, folders, monkeypatch):  # noqa: F811
+    """The proposal is renewed at every step; densities are compared with those of independent models."""
+    run = trainer(proposal="mixture", refresh_below=1.0, max_steps=4, per_device_train_batch_size=16)
+    run.train()
+    numbers = run.rollouts.numbers
+    proposals = list(dict.fromkeys(numbers.proposals))
+    assert len(proposals) == 4
+    rows = run.rollouts.store.read(("prompt_ids", "completion_ids"))
+    models = {p: MixturePolicyModel.from_policies([folders / n for n in LABELS], weights=p) for p in proposals}
+    logps = {
+        p: [
+            sequence_logps(model, prompt, torch.tensor([ids])).item()
+            for prompt, ids in zip(rows["prompt_ids"], rows["completion_ids"])
+        ]
+        for p, model in models.items()
+    }
+    expected = []
+    for i, key in enumerate(numbers.prompt_keys):
+        drew = [p for k, p in zip(numbers.prompt_keys, numbers.proposals) if k == key]
+        expected.append(torch.logsumexp(torch.tensor([logps[p][i] for p in drew]), 0) - torch.tensor(len(drew)).log())
+    prompt = torch.tensor([list(dict.fromkeys(numbers.prompt_keys)).index(k) for k in numbers.prompt_keys])
+    found = run.rollouts._density(numbers, prompt)
+    torch.testing.assert_close(found, torch.stack(expected).double(), atol=1e-4, rtol=0)
+
+
+# ---- fitting what is kept ----
+
+
+def test_a_second_fit_costs_no_generation(trainer, folders, tmp_path, monkeypatch):  # noqa: F811
+    first = trainer(proposal="mixture", refresh_below=0.99)
+    first.train()
+    store = tmp_path / "run" / "rollouts"
+    monkeypatch.setattr(MixturePolicyModel, "generate", never)
+    monkeypatch.setattr(MixturePolicyModel, "forward", never)
+    same = refit(folders, store, tmp_path, proposal="mixture", per_device_train_batch_size=16)
+    same.train()
+    (weights,), _ = minimize_dual(first.rollouts.make_table())
+    assert len(set(first.rollouts.numbers.proposals)) > 1
+    torch.testing.assert_close(same.weights.detach(), weights, atol=1e-9, rtol=0)
+    assert len(same.rollouts.numbers.ids) == len(first.rollouts.numbers.ids)
+    other = refit(folders, store, tmp_path, "implicit", objective="implicit")
+    other.train()
+    assert other.weights.sum().item() == pytest.approx(1)
+    alone = refit(folders, store, tmp_path, "alone", labels=["b"], beta=2.0)
+    alone.train()
+    assert alone.model.config.mixture_weights == [1.0]
+    assert alone.certificate.rewards.tolist() == pytest.approx([alone.rollouts.rewards.mean().item()], abs=0.5)
+
+
+def test_a_table_from_elsewhere_is_completed(trainer, folders, tmp_path):  # noqa: F811
+    """All completions of the reference policy, with nothing but their texts: their log-probabilities are computed."""
+    run = trainer(proposal="reference", max_steps=8, per_device_train_batch_size=16)
+    run.train()
+    rows = run.rollouts.store.read(("prompt", "completion_ids"))
+    given = refit(folders, Dataset.from_dict(rows), tmp_path, rewards=[count_c, count_b])
+    given.train()
+    torch.testing.assert_close(given.weights, run.weights, atol=1e-4, rtol=0)
+    texts = Dataset.from_dict(
+        {"prompt": rows["prompt"], "completion": toy_tokenizer().batch_decode(rows["completion_ids"])}
+    )
+    given = refit(folders, texts, tmp_path, "texts", rewards=[count_c, count_b])
+    given.train()
+    torch.testing.assert_close(given.weights, run.weights, atol=1e-4, rtol=0)
+
+
+# ---- interruptions ----
+
+
+@pytest.mark.parametrize(
+    "objective, proposal", [("reward", "mixture"), ("reward", "reference"), ("implicit", "mixture")]
+)
+def test_resuming_gives_the_same_to_the_last_bit(trainer, objective, proposal):
+    options = {"objective": objective, "proposal": proposal, "refresh_below": 0.98}
+    whole = trainer("whole", **options)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer("broken", callbacks=[Interrupt(3)], **options).train()
+    resumed = trainer("broken", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(resumed.weights, whole.weights)
+    assert resumed.rollouts.numbers == whole.rollouts.numbers
+    assert resumed.certificate.duality_gap_bound == whole.certificate.duality_gap_bound
+
+
+@pytest.mark.parametrize("moment", ["while a shard is written", "after a shard was written"])
+def test_a_full_disk_leaves_no_half_shard_and_doubles_none(trainer, tmp_path, monkeypatch, moment):
+    whole = trainer("whole")
+    whole.train()
+    run, write = trainer("broken"), pyarrow.parquet.write_table
+    count = iter(range(100))
+
+    def fails(table, path, **kwargs):
+        if next(count) != 3:
+            return write(table, path, **kwargs)
+        if moment == "while a shard is written":
+            Path(path).write_bytes(b"PAR1 half of it")
+        raise OSError(28, "No space left on device")
+
+    def fails_afterwards(self, *args):
+        raise OSError(28, "No space left on device")
+
+    if moment == "while a shard is written":
+        monkeypatch.setattr(pyarrow.parquet, "write_table", fails)
+    else:
+        monkeypatch.setattr(run, "_save_checkpoint", fails_afterwards)
+    with pytest.raises(OSError, match="No space left"):
+        run.train()
+    monkeypatch.undo()
+    assert not [name for name in os.listdir(tmp_path / "broken" / "rollouts") if name.endswith(".tmp")]
+    resumed = trainer("broken")
+    if moment == "while a shard is written":
+        resumed.train(resume_from_checkpoint=True)
+    else:  # there was no checkpoint yet: what lies there is not touched unless somebody says so
+        with pytest.raises(ValueError, match="holds completions already"):
+            resumed.train()
+        for path in (tmp_path / "broken" / "rollouts").iterdir():
+            path.unlink()
+        resumed.train()
+    assert torch.equal(resumed.weights, whole.weights)
+    assert resumed.rollouts.numbers == whole.rollouts.numbers
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "file"
+    write_whole(path, lambda p: p.write_text("first"))
+
+    def half(p):
+        p.write_text("sec")
+        raise OSError("pulled")
+
+    with pytest.raises(OSError, match="pulled"):
+        write_whole(path, half)
+    assert path.read_text() == "first" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_reward_that_dies_loses_nothing(trainer):
+    calls = []
+
+    def dies(completions, **kwargs):
+        calls.append(len(completions))
+        if len(calls) == 4:
+            raise ConnectionError("the judge went away")
+        return count_b(completions)
+
+    with pytest.raises(RewardError, match="dies"):
+        trainer(rewards=[count_c, dies]).train()
+    resumed = trainer(rewards=[count_c, dies])
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6 and len(calls) == 4 + 3
+
+
+KILLED = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from test_trainer import make_trainer
+from mpo_hf import MixturePolicyModel
+torch.set_num_threads(1)
+root, out = {root!r}, {out!r}
+import os
+mixture = MixturePolicyModel.from_policies([root + "/a", root + "/b"], reference=root + "/ref", labels=["a", "b"])
+run = make_trainer(mixture, out, estimator="mis", num_resamples=20, proposal="mixture", refresh_below=0.98, max_steps=12)
+resume = any(n.startswith("checkpoint-") for n in os.listdir(out)) if os.path.isdir(out) else False
+print("ready", flush=True)
+run.train(resume_from_checkpoint=resume or None)
+print("done", run.model.config.mixture_weights, len(run.rollouts.numbers.ids), len(set(run.rollouts.numbers.ids)), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_ten_times_ends_where_an_uninterrupted_run_does(folders, tmp_path):  # noqa: F811
+    tests = str(Path(__file__).parent)
+
+    def start(out):
+        script = KILLED.format(tests=tests, root=str(folders), out=str(tmp_path / out))
+        return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+
+    whole = start("whole").communicate()[0].splitlines()[-1]
+    assert whole.startswith("done")
+    chance, kills = random.Random(0), 0
+    while kills < 10:
+        run = start("killed")
+        while run.stdout.readline().strip() != "ready":
+            pass
+        time.sleep(chance.uniform(0.02, 0.5))
+        run.send_signal(signal.SIGKILL)
+        rest = run.communicate()[0]
+        kills += 1
+        if "done" in rest:
+            break
+        if not list(
+            (tmp_path / "killed").glob("checkpoint-*")
+        ):  # nothing to go on from: start over, as a person would
+            for path in (tmp_path / "killed" / "rollouts").glob("*"):
+                path.unlink()
+    assert start("killed").communicate()[0].splitlines()[-1] == whole
+
+
+# ---- errors ----
+
+
+def test_completions_of_another_run_are_never_mixed_in_or_overwritten(trainer, tmp_path):
+    trainer().train()
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run" / "rollouts").iterdir()}
+    with pytest.raises(ValueError, match="holds completions already"):
+        trainer().train()
+    with pytest.raises(ValueError, match=r"'temperature' was 1.0 there and is 1.5 here"):
+        trainer(temperature=1.5)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run" / "rollouts").iterdir()} == before
+
+
+def test_rollouts_that_cannot_be_used_are_refused(folders, tmp_path):  # noqa: F811
+    with pytest.raises(ValueError, match="no rollouts.json"):
+        refit(folders, tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="'prompt' and 'completion'"):
+        refit(folders, Dataset.from_dict({"prompt": PROMPTS}), tmp_path)
+    with pytest.raises(ValueError, match='needs `estimator="mis"`'):
+        MPOTrainer(model=[folders / "a", folders / "b"], args=make_args(tmp_path), rollouts="x")
+    table = Dataset.from_dict({"prompt": PROMPTS, "completion": ["a b c"] * 4})
+    with pytest.raises(ValueError, match="rewards of .* are not all known"):
+        refit(folders, table, tmp_path, "unknown").train()
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"estimator": "snis"}, "`estimator` must be one of"),
+        ({"tolerance": 0.1}, "does not know how far"),
+        ({"estimator": "mis", "confidence": 1.0}, "`confidence` must be between"),
+        ({"estimator": "mis", "num_resamples": 0}, "`num_resamples` must be at least 1"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(tmp_path, **kwargs)
