@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -32,6 +33,9 @@ logger = logging.get_logger(__name__)
 # What a user may give as a policy.
 Policy = str | os.PathLike | dict | MixtureComponent | PreTrainedModel
 
+# Arguments of `from_pretrained` that may differ between components: a dictionary with the keys `component_k`.
+BY_COMPONENT = ("device_map", "dtype", "quantization_config")
+
 # What `from_pretrained` of configs, tokenizers and adapters understands; everything else concerns weights only.
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "trust_remote_code")
 
@@ -58,6 +62,11 @@ def check_loading_kwargs(kwargs: dict[str, Any]) -> None:
                 f"`{name}={kwargs[name]!r}` would be one {name} for all components. Describe the component instead: "
                 f"{{'name_or_path': ..., '{name}': {kwargs[name]!r}}}."
             )
+
+
+def is_by_component(value: Any) -> bool:
+    """Whether an argument says something else for each component."""
+    return isinstance(value, dict) and any(re.fullmatch(r"component_\d+|reference", str(key)) for key in value)
 
 
 def hub_kwargs(load_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -176,6 +185,7 @@ class ComponentLoader:
     def __init__(self, load_kwargs: dict[str, Any], backbones: Sequence[nn.Module] = ()):
         check_loading_kwargs(load_kwargs)
         self.load_kwargs = load_kwargs
+        self._own_kwargs: dict[tuple, dict[str, Any]] = {}
         self.backbones: list[nn.Module] = list(backbones)
         self._by_checkpoint: dict[tuple, int] = {}
         self._configs: dict[tuple, PreTrainedConfig] = {}
@@ -192,6 +202,41 @@ class ComponentLoader:
         """Makes known that the checkpoint of `component` is in memory already."""
         if component.name_or_path is not None:
             self._by_checkpoint[component.checkpoint] = backbone
+
+    def assign(self, components: Sequence[MixtureComponent], reference: MixtureComponent | None = None) -> None:
+        """
+        Works out what each checkpoint is loaded with, where arguments are given by component.
+
+        Components that share a model in memory are loaded once. A component that is not named is loaded without the
+        argument; a reference that is not named goes where the first component is.
+
+        Args:
+            components (`Sequence[MixtureComponent]`): the components, in order.
+            reference (`MixtureComponent`, *optional*): the reference.
+        """
+        parts = {f"component_{k}": component for k, component in enumerate(components)}
+        for argument in BY_COMPONENT:
+            given = self.load_kwargs.get(argument)
+            if not is_by_component(given):
+                continue
+            if unknown := [key for key in given if key not in (*parts, "reference")]:
+                raise ValueError(
+                    f"`{argument}` is given by component, but {unknown} are none of {[*parts, 'reference']}."
+                )
+            values = {name: (component, given[name]) for name, component in parts.items() if name in given}
+            if reference is not None:
+                values["reference"] = (reference, given.get("reference"))
+            for name, (component, value) in values.items():
+                own = self._own_kwargs.setdefault(component.checkpoint, {})
+                if component.name_or_path is None:
+                    raise ValueError(f"`{argument}` of {name} cannot be chosen any more: it was given in memory.")
+                if name == "reference" and value is None:
+                    value = own.get(argument, given.get("component_0") if argument == "device_map" else None)
+                if own.setdefault(argument, value) != value:
+                    raise ValueError(
+                        f"`{argument}` of {name} is {value!r}, but it shares its model in memory with a component for which "
+                        f"{own[argument]!r} was given. Give both the same."
+                    )
 
     def read_config(self, component: MixtureComponent) -> PreTrainedConfig:
         """Reads the configuration of a component, and so finds out whether it exists before any weights are loaded."""
@@ -256,10 +301,14 @@ class ComponentLoader:
         return PolicyHandle(index, None if component.adapter is None else self._load_adapter(index, component))
 
     def _load_checkpoint(self, component: MixtureComponent) -> nn.Module:
-        kwargs = {**self.load_kwargs, **_location(component)}
+        kwargs = {name: value for name, value in self.load_kwargs.items() if not is_by_component(value)}
+        own = self._own_kwargs.get(component.checkpoint, {})
+        kwargs |= {name: value for name, value in own.items() if value is not None} | _location(component)
         for name in ("variant", "dtype"):
             if (value := getattr(component, name)) is not None:
                 kwargs[name] = value
+        if kwargs.get("device_map") == "disk":  # as a name of its own Transformers knows devices only
+            kwargs["device_map"] = {"": "disk"}
         kwargs.setdefault("use_safetensors", None if component.gguf_file else True)
         if component.gguf_file and component.checkpoint in self._configs:
             kwargs["config"] = copy.deepcopy(self._configs[component.checkpoint])  # reading one takes seconds
@@ -288,6 +337,12 @@ class ComponentLoader:
 
         backbone = self.backbones[index]
         adapters = getattr(backbone, "peft_config", {}) if isinstance(backbone, PeftModel) else {}
+        if any(parameter.is_meta for parameter in backbone.parameters()):
+            raise ValueError(
+                f"The adapter {component.adapter!r} cannot be put on {component.name_or_path!r}, whose weights are offloaded "
+                "(`device_map`). Keep this base on a device, or merge the adapter (`merge_and_unload`), save the result, and "
+                "mix that."
+            )
         name = f"component_{len(adapters)}"
         folder = self._fetch_adapter(component)
         before = [(parameter, _fingerprint(parameter)) for parameter in backbone.parameters()]
@@ -364,8 +419,10 @@ def check_adapter_type(model: nn.Module, adapter: str, name: str) -> None:
         )
 
 
-def _fingerprint(parameter: nn.Parameter) -> float:
+def _fingerprint(parameter: torch.Tensor) -> float:
     """Changes when a parameter's values do, whichever way they are written. A sample of them, as models are large."""
+    if hasattr(parameter, "__tensor_flatten__"):  # quantised: the tensors that it is made of
+        return sum(_fingerprint(getattr(parameter, name)) for name in parameter.__tensor_flatten__()[0])
     if parameter.is_meta:
         return 0.0
     step = max(1, parameter.numel() // 1024)

@@ -217,6 +217,7 @@ def _assemble(
     loader: ComponentLoader,
     reference: PolicyHandle | None,
 ):
+    loader.assign([entry.component for entry in entries], config.reference)
     handles = [entry.handle or loader.load(entry.component) for entry in entries]
     # the config as loaded knows more than the one on file, such as the dtype and the attention implementation
     config.component_configs = [loader.backbones[handle.backbone].config for handle in handles]

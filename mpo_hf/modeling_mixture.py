@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from .compat import activate_adapter, correct_parallel_plans, correct_tied_weights
-from .component_loading import ComponentLoader, Policy, PolicyHandle, forward_parameters
+from .component_loading import ComponentLoader, Policy, PolicyHandle, forward_parameters, is_by_component
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig, check_mixture_weights
 from .hub import PUSH_ARGUMENTS, code_alongside, push_mixture
 from .mixture_building import build_mixture, open_mixture, read_mixture_config
@@ -119,6 +119,29 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
         """The models in memory. Adapters over one base share one of them."""
         return [getattr(self, f"backbone_{i}") for i in range(self._num_backbones)]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs belong: the device of the first weights that are not offloaded."""
+        return next((d for b in self.backbones if (d := _execution_device(b)).type != "meta"), torch.device("meta"))
+
+    @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """Where the parts of the components are, when they are not all on one device; otherwise there is none."""
+        if "_dispatched" in self.__dict__:
+            return self._dispatched
+        parts: dict[str, Any] = {}
+        for i, backbone in enumerate(self.backbones):
+            own = getattr(backbone, "hf_device_map", None) or {"": str(backbone.device)}
+            parts |= {f"backbone_{i}.{name}".rstrip("."): device for name, device in own.items()}
+        if len(set(map(str, parts.values()))) < 2:
+            raise AttributeError("hf_device_map")
+        return parts
+
+    @hf_device_map.setter
+    def hf_device_map(self, parts: dict[str, Any]) -> None:
+        # Accelerate says so of a mixture that is loaded from one checkpoint
+        self._dispatched = parts
+
     def init_weights(self):
         if self._built_from_config:
             super().init_weights()
@@ -174,6 +197,7 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
 
     def _load_reference(self) -> PolicyHandle:
         loader = ComponentLoader(self._load_kwargs, self.backbones)
+        loader.assign(self.config.components, self.config.reference)
         for handle, component in zip(self.policies, self.config.components):
             loader.share(component, handle.backbone)
         handle = loader.load(self.config.reference)
@@ -340,7 +364,8 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
         activate_adapter(backbone, handle.adapter)
         accepted = forward_parameters(backbone)
         inputs = {n: v for n, v in inputs.items() if n in accepted or n not in ("position_ids", "logits_to_keep")}
-        return backbone, {n: v.to(backbone.device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+        device = _execution_device(backbone)
+        return backbone, {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
 
     @staticmethod
     def create_masks_for_generate(
@@ -438,8 +463,9 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
                 Accept negative weights and other sums than 1.
             kwargs:
                 Arguments of every component's `from_pretrained`: `dtype`, `device_map`, `token` and so on. What differs
-                between components, `revision` first of all, belongs into their dictionaries. `attn_implementation`
-                may be a dictionary, with the component k under the key `component_k`.
+                between components, `revision` first of all, belongs into their dictionaries. `attn_implementation`,
+                `device_map`, `dtype` and `quantization_config` may be dictionaries, with the component k under the key
+                `component_k`.
 
         Returns:
             [`MixturePolicyModel`], in evaluation mode.
@@ -487,6 +513,8 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
         folder = os.fspath(pretrained_model_name_or_path)
         config = read_mixture_config(folder, kwargs.pop("config", None), kwargs)
         if all(component.name_or_path is None for component in config.components):
+            if is_by_component(device_map := kwargs.get("device_map")):
+                kwargs["device_map"] = {name.replace("component_", "backbone_"): d for name, d in device_map.items()}
             return super().from_pretrained(folder, *model_args, config=config, **kwargs)
         output_loading_info = kwargs.pop("output_loading_info", False)
         attention = _take_attention_by_component(kwargs)
@@ -622,6 +650,15 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
             names = tuple(f"backbone_{k}." for k in used)
             state_dict = {key: value for key, value in self.state_dict().items() if key.startswith(names)}
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
+
+def _execution_device(backbone: nn.Module) -> torch.device:
+    """Where a model computes. Weights that Accelerate offloads are on `meta` until they are needed."""
+    device = next((p.device for p in backbone.parameters() if p.device.type != "meta"), None)
+    if device is None:
+        base = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
+        device = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
+    return torch.device("meta" if device is None else device)
 
 
 def _take_attention_by_component(kwargs: dict[str, Any]) -> dict[str, str]:

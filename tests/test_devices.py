@@ -1,0 +1,173 @@
+"""Components on devices of their own, offloaded, quantised: the mixture is that of the components so placed."""
+
+import pytest
+import torch
+from helpers import EOS, completions_of, greedy, left_pad, save_lora, save_tiny, tiny
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
+
+from mpo_hf import MixturePolicyModel
+
+
+PROMPTS = [[1, 7, 11, 3, 22], [1, 30], [1, 6, 19]]
+IDS = torch.tensor([[1, 5, 9, 11, 4]])
+WEIGHTS = [0.6, 0.4]
+IN_PARTS = {
+    "model.embed_tokens": "disk",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory):
+    root = tmp_path_factory.mktemp("policies")
+    return [save_tiny(root / name, name, seed) for seed, name in enumerate(["llama", "gpt2"])]
+
+
+@pytest.fixture(scope="module")
+def plain(policies):
+    return MixturePolicyModel.from_policies(policies, WEIGHTS)
+
+
+def generate(model, **kwargs):
+    inputs = left_pad(PROMPTS)
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": [EOS]}
+    return completions_of(model.generate(**inputs, **{**settings, **kwargs}), inputs)
+
+
+PLACES = {
+    "all on disk": ("disk", None),
+    "all on disk, as a dictionary": ({"": "disk"}, None),
+    "second on disk": ({"component_0": "cpu", "component_1": "disk"}, {"backbone_0": "cpu", "backbone_1": "disk"}),
+    "first on disk": ({"component_0": "disk"}, {"backbone_0": "disk", "backbone_1": "cpu"}),
+    "first in parts": (
+        {"component_0": IN_PARTS, "component_1": "cpu"},
+        {**{f"backbone_0.{name}": device for name, device in IN_PARTS.items()}, "backbone_1": "cpu"},
+    ),
+    "automatic": ("auto", None),
+}
+
+
+@pytest.mark.parametrize(("device_map", "found"), PLACES.values(), ids=PLACES.keys())
+def test_offloaded_components_compute_the_same(policies, plain, tmp_path, device_map, found):
+    model = MixturePolicyModel.from_policies(policies, WEIGHTS, device_map=device_map, offload_folder=tmp_path)
+    assert getattr(model, "hf_device_map", None) == found
+    assert model.device.type == "cpu" and model.mixture_weights.tolist() == pytest.approx(WEIGHTS)
+    on_disk = sum(parameter.is_meta for parameter in model.parameters())
+    assert (on_disk > 0) == ("disk" in str(device_map))
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, atol=0, rtol=0)
+    for options in (
+        {},
+        {"use_cache": False},
+        {"cache_implementation": "static", "prefill_chunk_size": 2},
+        {"num_beams": 3},
+    ):
+        assert generate(model, **options) == generate(plain, **options)
+    ids = torch.tensor(PROMPTS[:1])
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": []}
+    drafted = model.generate(ids, assistant_model=model.policy(1), **options)
+    assert drafted.tolist() == plain.generate(ids, **options).tolist()
+
+
+def test_device_map_of_a_saved_mixture(policies, plain, tmp_path):
+    plain.save_pretrained(tmp_path / "mix")
+    device_map = {"component_0": "cpu", "component_1": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "mix", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    assert model.hf_device_map == {"backbone_0": "cpu", "backbone_1": "disk"}
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, atol=0, rtol=0)
+
+
+def test_device_map_of_a_mixture_in_one_checkpoint(tmp_path):
+    plain = MixturePolicyModel.from_policies([tiny("llama", 1), tiny("gpt2", 2)], WEIGHTS)
+    plain.save_pretrained(tmp_path / "mix")
+    device_map = {"component_0": "disk", "component_1": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "mix", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    assert model.hf_device_map == {"backbone_0": "disk", "backbone_1": "cpu"} and model.device.type == "cpu"
+    assert generate(model) == generate(plain)
+
+
+def test_reference_goes_where_it_is_told_or_where_the_first_component_is(policies, tmp_path):
+    reference = save_tiny(tmp_path / "reference", "llama", 9)
+    expected = AutoModelForCausalLM.from_pretrained(reference)(IDS).logits.log_softmax(-1)
+    for device_map, offloaded in (
+        ({"component_0": "cpu", "reference": "disk"}, True),
+        ({"component_0": "disk", "component_1": "cpu"}, True),
+        ({"component_0": "cpu", "component_1": "disk"}, False),
+    ):
+        model = MixturePolicyModel.from_policies(
+            policies, reference=reference, device_map=device_map, offload_folder=tmp_path / "offload"
+        )
+        view = model.reference_policy
+        assert all(parameter.is_meta == offloaded for parameter in view.parameters())
+        torch.testing.assert_close(view(IDS).logits, expected)
+
+
+def test_device_maps_that_make_no_sense_are_refused(policies, tmp_path):
+    adapters = [save_lora(tmp_path / str(seed), policies[0], seed) for seed in (3, 4)]
+    offload = {"offload_folder": tmp_path / "offload"}
+    for given, device_map, message in (
+        (policies, {"component_0": "cpu", "component_2": "cpu"}, r"\['component_2'\] are none of"),
+        (policies, {"component_0": "cpu", "model.norm": "cpu"}, r"\['model.norm'\] are none of"),
+        (adapters, {"component_0": "cpu", "component_1": "disk"}, "component_1 is 'disk', but it shares its model"),
+        (adapters, "disk", "adapter .* cannot be put on .* offloaded"),
+        ([tiny("llama", 1), policies[1]], {"component_0": "cpu"}, "component_0 cannot be chosen any more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MixturePolicyModel.from_policies(given, device_map=device_map, **offload)
+
+
+def test_dtype_by_component(policies):
+    model = MixturePolicyModel.from_policies(policies, WEIGHTS, dtype={"component_1": "bfloat16"})
+    assert [backbone.dtype for backbone in model.backbones] == [torch.float32, torch.bfloat16]
+    components = [AutoModelForCausalLM.from_pretrained(policies[0])]
+    components.append(AutoModelForCausalLM.from_pretrained(policies[1], dtype="bfloat16"))
+    logps = [component(IDS).logits.float().log_softmax(-1) for component in components]
+    torch.testing.assert_close(model(IDS).logits, sum(w * logp for w, logp in zip(WEIGHTS, logps)))
+
+
+# ---- quantisation ----
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Policies with matrices that are wide enough to be quantised."""
+    root = tmp_path_factory.mktemp("wide")
+    return [save_tiny(root / name, name, seed, **WIDE) for seed, name in enumerate(["llama", "qwen2"])]
+
+
+def load(policy, quantised):
+    config = TorchAoConfig(Int8WeightOnlyConfig()) if quantised else None
+    return AutoModelForCausalLM.from_pretrained(policy, quantization_config=config).eval()
+
+
+@pytest.mark.parametrize("which", [[0, 1], [1]])
+def test_quantised_components_are_those_quantised_alone(wide, which, tmp_path):
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    given = config if len(which) == 2 else {f"component_{k}": config for k in which}
+    model = MixturePolicyModel.from_policies(wide, WEIGHTS, quantization_config=given)
+    components = [load(policy, k in which) for k, policy in enumerate(wide)]
+    with torch.no_grad():
+        logps = [component(IDS).logits.float().log_softmax(-1) for component in components]
+        torch.testing.assert_close(model(IDS).logits, sum(w * logp for w, logp in zip(WEIGHTS, logps)))
+        full = MixturePolicyModel.from_policies(wide, WEIGHTS)
+        assert (model(IDS).logits - full(IDS).logits).abs().max() > 1e-3
+    assert generate(model) == greedy(components, WEIGHTS, PROMPTS, 5)
+    # how components are loaded is no part of the mixture
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, full(IDS).logits)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=given)
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
