@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": ("generate", "complete prompts with a mixture"),
     "chat": ("chat", "talk to a mixture"),
     "inspect": ("inspect_mixture", "show components, weights, sizes and licences of a mixture"),
+    "serve": ("serve", "answer OpenAI clients with a mixture; `transformers serve` that knows mixtures"),
     "push": ("push", "share a mixture on the Hub"),
 }
 

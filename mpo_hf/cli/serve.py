@@ -1,0 +1,44 @@
+"""`mpo-hf serve`: `transformers serve`, in a process that knows mixtures."""
+
+from collections.abc import Sequence
+
+
+HELP = """\
+usage: mpo-hf serve MIXTURE [options]
+
+Answers OpenAI clients with a mixture: `transformers serve`, in a process that knows mixtures, with the same options.
+Needs `pip install "transformers[serving]"`.
+
+the options that matter:
+  MIXTURE                folder or repo id; without it, models are loaded when a request names them
+  --host, --port         where to listen; localhost and 8000 unless given
+  --device, --dtype      where to put the policies, and in which dtype
+  --default-seed         seed of what is sampled
+  --help_all             all options of `transformers serve`
+
+examples:
+  mpo-hf serve mix --port 8080
+  mpo-hf serve user/mix --device cuda --dtype bfloat16
+"""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs `mpo-hf serve`; the arguments are those of `transformers serve`."""
+    if "--help" in argv or "-h" in argv:
+        print(HELP, end="")
+        return
+    if "--continuous-batching" in argv:
+        raise ValueError("A mixture has no continuous batching: leave out `--continuous-batching`.")
+
+    import transformers
+    from transformers.cli.transformers import app
+    from transformers.utils.import_utils import is_serve_available
+
+    from ..modeling_mixture import MixturePolicyModel
+
+    argv = ["--help" if argument == "--help_all" else argument for argument in argv]
+    if "--help" not in argv and not is_serve_available():
+        raise ValueError('`mpo-hf serve` needs a web server: `pip install "transformers[serving]"`.')
+    # the server looks up the class that a config names in the package of Transformers, and nowhere else
+    transformers.MixturePolicyModel = MixturePolicyModel
+    app(["serve", *argv], prog_name="mpo-hf")
