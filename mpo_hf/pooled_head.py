@@ -52,8 +52,8 @@ class PooledHead(nn.Linear):
         head = _without_peft(self.mixture.backbones[self.mixture.policies[k].backbone]).get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise ValueError(
-                f"{self._component(k)} has {type(head).__name__} as output embeddings. A trainer that never builds the "
-                "logits needs a plain linear layer there, without an adapter; merge the adapter into its base."
+                f"{self._component(k)} has a {type(head).__module__}.{type(head).__name__} as output embeddings. Trainers that "
+                "never build the logits need a plain linear layer, without an adapter: merge the adapter into its base."
             )
         return head
 
