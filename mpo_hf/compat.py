@@ -68,6 +68,11 @@ def _lora_layers(model: nn.Module) -> list[nn.Module] | None:
     return layers
 
 
+def recomputes_layers(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on for any layer that it takes effect in."""
+    return any(getattr(module, "gradient_checkpointing", False) and module.training for module in model.modules())
+
+
 def correct_parallel_plans(model: PreTrainedModel) -> None:
     """
     Makes the plans by which a model is split over devices name its parameters as they are called.

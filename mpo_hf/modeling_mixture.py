@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .compat import activate_adapter, correct_parallel_plans, correct_tied_weights
+from .compat import activate_adapter, correct_parallel_plans, correct_tied_weights, recomputes_layers
 from .component_loading import ComponentLoader, Policy, PolicyHandle, forward_parameters, is_by_component
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig, check_mixture_weights
 from .hub import PUSH_ARGUMENTS, code_alongside, push_mixture
@@ -362,10 +362,18 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
         handle = self.policies[k]
         backbone = self.backbones[handle.backbone]
         activate_adapter(backbone, handle.adapter)
+        if self.training and torch.is_grad_enabled() and recomputes_layers(backbone) and self._is_shared(handle):
+            raise ValueError(
+                "With gradient checkpointing the layers run again when gradients are computed, and then with the adapter "
+                "that ran last: those of the others would be wrong. Train adapters of one model without it."
+            )
         accepted = forward_parameters(backbone)
         inputs = {n: v for n, v in inputs.items() if n in accepted or n not in ("position_ids", "logits_to_keep")}
         device = _execution_device(backbone)
         return backbone, {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+
+    def _is_shared(self, handle: PolicyHandle) -> bool:
+        return len({other.adapter for other in self.policies if other.backbone == handle.backbone}) > 1
 
     @staticmethod
     def create_masks_for_generate(

@@ -69,11 +69,17 @@ def add_checkout(root: Path, checkout: Path, target: Path) -> Path:
 
 
 def _download(cache: Path) -> Path:
-    """The source distribution, from whatever package index pip is set up for."""
+    """The folder of the source distribution, from whatever package index pip is set up for."""
     cache.mkdir(parents=True, exist_ok=True)
     options = ["--no-deps", "--no-binary", "transformers", "--quiet", "--disable-pip-version-check"]
     requirement = f"transformers=={version('transformers')}"
-    subprocess.run([sys.executable, "-m", "pip", "download", *options, "--dest", cache, requirement], check=True)
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", cache, requirement]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        sys.exit(
+            f"Nothing was tested: pip cannot download the source distribution of {requirement}, which holds "
+            f"Transformers' tests. It said:\n{result.stderr}"
+        )
     return cache
 
 

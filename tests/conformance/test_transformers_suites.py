@@ -1,5 +1,7 @@
 """Transformers' own tests, run against mixtures in a process of their own; see `run.py`."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,12 @@ import pytest
 RUN = Path(__file__).parent / "run.py"
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fast", "with slow tests"])
 @pytest.mark.parametrize("mixture", ["families", "adapters"])
-def test_transformers_suites(mixture: str):
-    result = subprocess.run([sys.executable, RUN, "--only", mixture], capture_output=True, text=True)
+def test_transformers_suites(mixture: str, slow: bool):
+    env = {**os.environ, "RUN_SLOW": str(int(slow))}
+    result = subprocess.run([sys.executable, RUN, "--only", mixture], capture_output=True, text=True, env=env)
     print(result.stdout)
     assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-5_000:]
+    (passed,) = re.findall(rf"^{mixture}: (\d+) passed, 0 failed", result.stdout, re.MULTILINE)
+    assert int(passed) >= 100, result.stdout
