@@ -13,7 +13,7 @@ from .configuration_mixture import check_mixture_weights
 from .modeling_mixture import MixturePolicyModel
 from .rewards import make_reward_functions
 from .rollouts import sample_completions, tokenize_prompts
-from .trainer.mpo_trainer import _eos_token_ids
+from .trainer.opening import eos_token_ids
 
 
 @dataclass
@@ -148,7 +148,7 @@ def select_completions(
         num_generations=1,
         max_completion_length=max_completion_length,
         pad_token_id=processing_class.pad_token_id,
-        eos_token_id=_eos_token_ids(model, processing_class),
+        eos_token_id=eos_token_ids(model, processing_class),
         temperature=temperature,
         mixture_weights=weights.flatten(0, 1),
     )

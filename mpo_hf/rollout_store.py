@@ -42,7 +42,7 @@ class RolloutStore:
     When a prompt is visited again with another proposal, `densities-{step}-{part}.parquet` adds the log-probabilities of
     its earlier completions under it: columns `id`, `proposal`, `logps`.
 
-    The folder is a dataset: `load_dataset("parquet", data_files="rollouts/rollouts-*.parquet")` opens it.
+    The folder is a dataset: `load_dataset("parquet", data_files="_rollouts/rollouts-*.parquet")` opens it.
 
     Args:
         folder (`str` or `os.PathLike`): where the shards are; it is created with the first one.

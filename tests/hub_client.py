@@ -138,7 +138,7 @@ class Author:
         pin_revisions(mixture.config)
 
     def push_from_trainer(self):
-        trainer = make_trainer([KIND, TERSE], str(self.work / "fitted"), hub_model_id="author/fitted")
+        trainer = make_trainer([KIND, TERSE], str(self.work / "fitted"), hub_model_id="author/fitted", estimator="mis")
         trainer.train()
         trainer.push_to_hub()
         return {"weights": trainer.model.config.mixture_weights, "logits": logits(trainer.model)}

@@ -68,7 +68,13 @@ def story(tmp_path_factory):
         seen["reader"] = run_client("reader", hub, root, "reader-token", "reader_home")
         count = len(hub.requests)
         seen["offline"] = run_client("offline", hub, root, None, "reader_home", offline=True)
-        seen |= {"hub": hub, "commits": pushed, "folders": folders, "offline requests": len(hub.requests) - count}
+        seen |= {
+            "hub": hub,
+            "root": root,
+            "commits": pushed,
+            "folders": folders,
+            "offline requests": len(hub.requests) - count,
+        }
         yield seen
 
 
@@ -333,6 +339,9 @@ def test_trainer_pushes_mixture_tokenizer_and_card(story):
     files = story["hub"].files("author/fitted")
     assert {"config.json", "tokenizer.json", "README.md", "training_args.bin"} <= set(files)
     assert not [path for path in files if path.startswith("checkpoint")]
+    # prompts and completions of the fit stay at home
+    assert list((story["root"] / "fitted" / "_rollouts").glob("*.parquet"))
+    assert not [path for path in files if "rollouts" in path]
     config = config_of(story["hub"], "author/fitted")
     assert config["components"][0]["revision"] == story["commits"]["kind"]
     assert config["mixture_weights"] == pushed["weights"] != [0.5, 0.5]

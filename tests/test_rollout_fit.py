@@ -83,11 +83,11 @@ def test_the_fit_ends_when_it_is_sure_enough(trainer):
 def test_everything_that_is_known_of_a_completion_is_kept(trainer, folders, tmp_path):  # noqa: F811
     run = trainer(proposal="mixture", gradient_accumulation_steps=2, max_steps=3)
     run.train()
-    files = sorted(os.listdir(tmp_path / "run" / "rollouts"))
+    files = sorted(os.listdir(tmp_path / "run" / "_rollouts"))
     assert [f for f in files if f.startswith("rollouts-")] == [
         f"rollouts-0000000{step}-000{part}.parquet" for step in (1, 2, 3) for part in (0, 1)
     ]
-    table = load_dataset("parquet", data_files=str(tmp_path / "run/rollouts/rollouts-*.parquet"), split="train")
+    table = load_dataset("parquet", data_files=str(tmp_path / "run/_rollouts/rollouts-*.parquet"), split="train")
     assert len(table) == 3 * 2 * 8 and len(set(table["id"])) == len(table)
     policies = {label: run.policies[k] for k, label in enumerate(LABELS)}
     for row in table.select(range(0, len(table), 7)):
@@ -135,7 +135,7 @@ def test_proposals_that_drew_for_one_prompt_are_weighed_together(trainer, folder
 def test_a_second_fit_costs_no_generation(trainer, folders, tmp_path, monkeypatch):  # noqa: F811
     first = trainer(proposal="mixture", refresh_below=0.99)
     first.train()
-    store = tmp_path / "run" / "rollouts"
+    store = tmp_path / "run" / "_rollouts"
     monkeypatch.setattr(MixturePolicyModel, "generate", never)
     monkeypatch.setattr(MixturePolicyModel, "forward", never)
     same = refit(folders, store, tmp_path, proposal="mixture", per_device_train_batch_size=16)
@@ -212,14 +212,14 @@ def test_a_full_disk_leaves_no_half_shard_and_doubles_none(trainer, tmp_path, mo
     with pytest.raises(OSError, match="No space left"):
         run.train()
     monkeypatch.undo()
-    assert not [name for name in os.listdir(tmp_path / "broken" / "rollouts") if name.endswith(".tmp")]
+    assert not [name for name in os.listdir(tmp_path / "broken" / "_rollouts") if name.endswith(".tmp")]
     resumed = trainer("broken")
     if moment == "while a shard is written":
         resumed.train(resume_from_checkpoint=True)
     else:  # there was no checkpoint yet: what lies there is not touched unless somebody says so
         with pytest.raises(ValueError, match="holds completions already"):
             resumed.train()
-        for path in (tmp_path / "broken" / "rollouts").iterdir():
+        for path in (tmp_path / "broken" / "_rollouts").iterdir():
             path.unlink()
         resumed.train()
     assert torch.equal(resumed.weights, whole.weights)
@@ -296,7 +296,7 @@ def test_killed_ten_times_ends_where_an_uninterrupted_run_does(folders, tmp_path
         if not list(
             (tmp_path / "killed").glob("checkpoint-*")
         ):  # nothing to go on from: start over, as a person would
-            for path in (tmp_path / "killed" / "rollouts").glob("*"):
+            for path in (tmp_path / "killed" / "_rollouts").glob("*"):
                 path.unlink()
     assert start("killed").communicate()[0].splitlines()[-1] == whole
 
@@ -306,12 +306,12 @@ def test_killed_ten_times_ends_where_an_uninterrupted_run_does(folders, tmp_path
 
 def test_completions_of_another_run_are_never_mixed_in_or_overwritten(trainer, tmp_path):
     trainer().train()
-    before = {p.name: p.read_bytes() for p in (tmp_path / "run" / "rollouts").iterdir()}
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run" / "_rollouts").iterdir()}
     with pytest.raises(ValueError, match="holds completions already"):
         trainer().train()
     with pytest.raises(ValueError, match=r"'temperature' was 1.0 there and is 1.5 here"):
         trainer(temperature=1.5)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "run" / "rollouts").iterdir()} == before
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run" / "_rollouts").iterdir()} == before
 
 
 def test_rollouts_that_cannot_be_used_are_refused(folders, tmp_path):  # noqa: F811

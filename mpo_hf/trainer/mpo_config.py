@@ -28,7 +28,7 @@ class MPOConfig(TrainingArguments):
             objective and to `"mixture"` for the implicit one, where samples of the reference collapse.
         estimator (`str`, *optional*, defaults to `"bsmd"`):
             `"bsmd"`: batch stochastic mirror descent, the paper's Algorithm 2, where every step looks at completions of its
-            own. `"mis"`: multiple importance sampling. All completions so far are kept under `output_dir/rollouts`, every
+            own. `"mis"`: multiple importance sampling. All completions so far are kept under `output_dir/_rollouts`, every
             step moves to the minimum of the dual objective on all of them, and
             [`MPOTrainer.certificate`] says how far it may be from the true one. Takes a fraction of the completions.
         tolerance (`float`, *optional*):

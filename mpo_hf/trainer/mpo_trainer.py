@@ -3,46 +3,39 @@
 import functools
 import math
 import os
-import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, IterableDataset
-from huggingface_hub import CommitInfo
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
 )
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import is_conversational
 
-from ..component_loading import Policy, hub_kwargs
-from ..configuration_mixture import MixturePolicyConfig
+from ..component_loading import Policy
 from ..estimation import Certificate
-from ..hub import carries_code, check_pushable, code_alongside, shared_config
-from ..model_card import add_tags, create_model_card
+from ..hub import check_pushable
 from ..modeling_mixture import MixturePolicyModel
 from ..objectives import dual_objective, effective_sample_size, implicit_dual_objective, on_policy_objective
 from ..optim import DualMinimizer, MirrorDescent
 from ..rewards import RewardModelSpec, make_reward_functions, normalize_rewards
 from ..rollout_store import COLUMNS, RolloutStore, given_rollouts
 from ..rollouts import Completions, completion_logps, sample_completions, tokenize_prompts
-from .fit_card import measured_rewards, save_plot
 from .mpo_config import MPOConfig
+from .opening import check_prompts, eos_token_ids, objective_names, open_policies, open_tokenizer
 from .rollout_fit import RolloutFit, pad_completions
+from .saving import MixtureSaving
 
 
 logger = logging.get_logger(__name__)
@@ -50,7 +43,7 @@ logger = logging.get_logger(__name__)
 RewardFunc = Callable | str | PreTrainedModel | RewardModelSpec
 
 
-class MPOTrainer(Trainer):
+class MPOTrainer(MixtureSaving, Trainer):
     r"""
     Fits the weights of a mixture of policies, so that the worst-off objective is as well off as it can be: the batch
     stochastic mirror descent of [Mixing Preference Optimization](https://huggingface.co/papers/2502.18699).
@@ -85,7 +78,7 @@ class MPOTrainer(Trainer):
         callbacks (`list[TrainerCallback]`, *optional*):
             Further callbacks.
         rollouts (`str`, `os.PathLike` or [`~datasets.Dataset`], *optional*):
-            Completions to fit to, instead of prompts, with `estimator="mis"`: the folder `rollouts` of an earlier fit, or
+            Completions to fit to, instead of prompts, with `estimator="mis"`: the folder `_rollouts` of an earlier fit, or
             a table with columns `prompt` and `completion` (better: `completion_ids`) that was sampled elsewhere. What is
             missing is computed: `policy_logps`, `reference_logps`, and `rewards` when `reward_funcs` are given. Without
             `proposal_logps` the completions are taken to be from the reference policy.
@@ -135,11 +128,11 @@ class MPOTrainer(Trainer):
         if not isinstance(args, MPOConfig):
             raise ValueError(f"`args` must be an MPOConfig, got {type(args).__name__}.")
         if rollouts is None:
-            _check_prompts("train_dataset", train_dataset)
+            check_prompts("train_dataset", train_dataset)
         elif train_dataset is not None or args.estimator != "mis":
             raise ValueError('`rollouts` takes the place of `train_dataset`, and needs `estimator="mis"`.')
         for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
-            _check_prompts(f"eval_dataset {name}".strip(), dataset, required=False)
+            check_prompts(f"eval_dataset {name}".strip(), dataset, required=False)
         if reward_funcs is not None and not isinstance(reward_funcs, list | tuple):
             reward_funcs = [reward_funcs]
         if not reward_funcs and args.objective == "reward" and rollouts is None:
@@ -149,7 +142,7 @@ class MPOTrainer(Trainer):
                 f"Got {len(reward_funcs)} `reward_funcs` for {len(model)} policies; MPO needs one for each."
             )
 
-        model, reference = _open_policies(model, ref_model, args)
+        model, reference = open_policies(model, ref_model, args)
         labels = model.config.labels
         if model.config.allow_off_simplex:
             raise ValueError("MPO fits weights on the simplex, but this mixture allows others (`allow_off_simplex`).")
@@ -172,7 +165,7 @@ class MPOTrainer(Trainer):
         self.reward_functions = (
             make_reward_functions(reward_funcs, processing_classes=reward_processing_classes) if reward_funcs else []
         )
-        self.objective_names = _objective_names(model.config, [reward.name for reward in self.reward_functions])
+        self.objective_names = objective_names(model.config, [reward.name for reward in self.reward_functions])
         self.policies = [model.policy(k) for k in range(len(labels))]
         self._fits_given = rollouts is not None
         if self._fits_given:
@@ -180,7 +173,7 @@ class MPOTrainer(Trainer):
         # λ lives outside the model: nothing in the model is trained, and float64 makes resuming exact
         self.weights = nn.Parameter(torch.tensor(model.config.mixture_weights, dtype=torch.float64))
 
-        processing_class = processing_class if processing_class is not None else _open_tokenizer(model, args)
+        processing_class = processing_class if processing_class is not None else open_tokenizer(model, args)
         if processing_class.pad_token_id is None:
             processing_class.pad_token = processing_class.eos_token
         super().__init__(
@@ -199,7 +192,7 @@ class MPOTrainer(Trainer):
         model._fits_weights_only = True
         model.add_model_tags(self._tag_names)
         set_seed(args.seed, device_specific=True)
-        self._eos_token_ids = _eos_token_ids(model, processing_class)
+        self._eos_token_ids = eos_token_ids(model, processing_class)
         if self._fits_given:
             batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
             args.max_steps = math.ceil(len(train_dataset) / (batch * self.accelerator.num_processes))
@@ -229,7 +222,8 @@ class MPOTrainer(Trainer):
             "temperature": self.args.temperature,
             "max_completion_length": self.args.max_completion_length,
         }
-        return RolloutStore(os.path.join(self.args.output_dir, "rollouts"), info)
+        # Trainer pushes nothing that begins with an underscore: prompts and completions are not for everyone
+        return RolloutStore(os.path.join(self.args.output_dir, "_rollouts"), info)
 
     @property
     def certificate(self) -> Certificate | None:
@@ -568,163 +562,6 @@ class MPOTrainer(Trainer):
         self._metrics[mode].clear()
         super().log({**logs, **metrics}, start_time)
 
-    # ---- checkpoints ----
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        Saves the mixture: its config, the tokenizer and a model card. Policies are referred to; only a mixture of models
-        that were given in memory is written whole, and even then its checkpoints are not.
-
-        Args:
-            output_dir (`str`, *optional*): folder to save to. Defaults to `args.output_dir`.
-        """
-        output_dir = output_dir if output_dir is not None else self.args.output_dir
-        if self.args.should_save and not _internal_call:
-            os.makedirs(output_dir, exist_ok=True)
-            self.create_model_card(output_dir=output_dir)
-        super().save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # checkpoints of a mixture whose models were given in memory hold its config only: nothing in them changes
-        whole = all(component.name_or_path is None for component in self.model.config.components)
-        if not whole or output_dir in (None, self.args.output_dir) or not self._is_checkpoint(output_dir):
-            with (
-                self._shared_config(output_dir or self.args.output_dir, wanted=self.args.push_to_hub),
-                code_alongside(self.model, self.args.hub_with_code or None),
-            ):
-                return super()._save(output_dir, state_dict)
-        self.model.config.save_pretrained(output_dir)
-        self.processing_class.save_pretrained(output_dir)
-
-    def _is_checkpoint(self, output_dir: str) -> bool:
-        return os.path.basename(os.path.normpath(output_dir)).startswith(PREFIX_CHECKPOINT_DIR)
-
-    def create_model_card(
-        self,
-        language: str | list[str] | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        output_dir: str | None = None,
-        **kwargs,
-    ) -> None:
-        """
-        Writes the model card, `README.md`: components, weights, the mean rewards of what was drawn and, where matplotlib
-        is installed, a picture of the fit beside it.
-
-        Args:
-            language (`str` or `list[str]`, *optional*): language of the mixture, for the metadata of the card.
-            license (`str`, *optional*): its licence. Defaults to that of the components, if they all have the same one.
-            tags (`str` or `list[str]`, *optional*): further tags.
-            dataset_tags (`str` or `list[str]`, *optional*): repo ids of the prompts.
-            output_dir (`str`, *optional*): folder to write to. Defaults to `args.output_dir`.
-        """
-        if not self.is_world_process_zero():
-            return
-        output_dir = output_dir if output_dir is not None else self.args.output_dir
-        rewards, note = measured_rewards(self.state.log_history, self.args.proposal)
-        card = create_model_card(
-            self.model.config,
-            self.hub_model_id or os.path.basename(os.path.abspath(output_dir)),
-            rewards=rewards,
-            plot=save_plot(self.state.log_history, output_dir),
-            note=note,
-            with_code=self.args.hub_with_code or carries_code(self.model),
-            token=self.args.hub_token,
-        )
-        add_tags(card, [*(self.model.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])])
-        for key, value in {"language": language, "license": license, "datasets": dataset_tags}.items():
-            if value is not None:
-                card.data[key] = value
-        card.save(os.path.join(output_dir, "README.md"))
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        pin_revisions: bool | None = None,
-        upload_adapters: bool | None = None,
-        **kwargs,
-    ) -> CommitInfo:
-        """
-        Uploads the mixture, its tokenizer and a model card to the repo `args.hub_model_id`; no checkpoints.
-
-        Args:
-            commit_message (`str`, *optional*, defaults to `"End of training"`): message of the commit.
-            blocking (`bool`, *optional*, defaults to `True`): whether to return only when the upload has finished.
-            token (`str`, *optional*): token to write with. Defaults to `args.hub_token`.
-            revision (`str`, *optional*): branch to push to. Defaults to `args.hub_revision`.
-            private (`bool`, *optional*): whether to make the repo private when it is created.
-            pin_revisions (`bool`, *optional*):
-                Whether to pin policies to the commits that they were loaded from. Defaults to `args.hub_pin_revisions`.
-            upload_adapters (`bool`, *optional*):
-                Whether to upload adapters that live in folders. Defaults to `args.hub_upload_adapters`.
-            kwargs: see [`~transformers.Trainer.push_to_hub`].
-
-        Returns:
-            [`~huggingface_hub.CommitInfo`], or a future of one with `blocking=False`.
-
-        Raises:
-            `ValueError`: for policies that live in folders of this machine.
-        """
-        upload_adapters = self.args.hub_upload_adapters if upload_adapters is None else upload_adapters
-        check_pushable(self.model.config, upload_adapters)
-        with self._shared_config(
-            self.args.output_dir, token=token, pin=pin_revisions, upload_adapters=upload_adapters
-        ):
-            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.is_world_process_zero():
-            # Trainer copies files of known names to the folder that is pushed: neither folders nor code
-            adapters = os.path.join(checkpoint_folder, "adapters")
-            if os.path.isdir(adapters):
-                shutil.copytree(adapters, os.path.join(self.args.output_dir, "adapters"), dirs_exist_ok=True)
-            for path in Path(checkpoint_folder).glob("*.py"):
-                shutil.copy(path, self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    @contextmanager
-    def _shared_config(
-        self,
-        folder: str,
-        wanted: bool = True,
-        token: str | None = None,
-        pin: bool | None = None,
-        upload_adapters: bool | None = None,
-    ) -> Iterator[None]:
-        """While it lasts, what is saved is what others can open; see [`~mpo_hf.hub.shared_config`]."""
-        if not wanted or self._config_is_shared or not self.is_world_process_zero():
-            yield
-            return
-        self._config_is_shared = True
-        try:
-            with shared_config(
-                self.model,
-                folder,
-                token=token if token is not None else self.args.hub_token,
-                pin=self.args.hub_pin_revisions if pin is None else pin,
-                upload_adapters=self.args.hub_upload_adapters if upload_adapters is None else upload_adapters,
-            ):
-                yield
-        finally:
-            self._config_is_shared = False
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        config = MixturePolicyConfig.from_pretrained(resume_from_checkpoint)
-        if config.labels != self.model.config.labels:
-            raise ValueError(
-                f"The checkpoint {resume_from_checkpoint!r} belongs to a mixture of {config.labels}, this one is of "
-                f"{self.model.config.labels}."
-            )
-        self.model.mixture_weights = config.mixture_weights
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
 
 class _MirrorDescentCallback(TrainerCallback):
     """Gradients of all processes before a mirror step, and the result of it in the model afterwards."""
@@ -769,61 +606,3 @@ class _FitState(TrainerCallback, ExportableState):
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, list]:
     return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def _check_prompts(name: str, dataset: Dataset | IterableDataset | None, required: bool = True) -> None:
-    if dataset is None:
-        if required:
-            raise ValueError(f"`{name}` is needed: prompts, in TRL's prompt-only format.")
-        return
-    if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty.")
-    columns = getattr(dataset, "column_names", None) or list(next(iter(dataset)))
-    if "prompt" not in columns:
-        raise ValueError(f"`{name}` needs a column 'prompt', it has {columns}.")
-
-
-def _open_policies(
-    model: MixturePolicyModel | str | Sequence[Policy], ref_model: Policy | None, args: MPOConfig
-) -> tuple[MixturePolicyModel, MixturePolicyModel | None]:
-    kwargs = args.model_init_kwargs or {}
-    if isinstance(model, str | os.PathLike):
-        model = MixturePolicyModel.from_pretrained(model, **kwargs)
-    elif not isinstance(model, PreTrainedModel):
-        model, ref_model = MixturePolicyModel.from_policies(model, reference=ref_model, **kwargs), None
-    if getattr(model.config, "model_type", None) != MixturePolicyConfig.model_type:
-        raise ValueError(f"`model` must be a mixture or a list of policies, got a {type(model).__name__}.")
-    if ref_model is not None:
-        return model, MixturePolicyModel.from_policies([ref_model], vocab_size=model.config.vocab_size)
-    return model, model.reference_policy
-
-
-def _open_tokenizer(model: MixturePolicyModel, args: MPOConfig) -> PreTrainedTokenizerBase:
-    component = model.config.components[0]
-    location = {
-        name: value
-        for name in ("revision", "subfolder", "gguf_file")
-        if (value := getattr(component, name)) is not None
-    }
-    for source, kwargs in ((model.name_or_path, {}), (component.name_or_path, location)):
-        if source:
-            try:
-                return AutoTokenizer.from_pretrained(source, **kwargs, **hub_kwargs(model._load_kwargs))
-            except (OSError, ValueError):
-                continue
-    raise ValueError("The policies come without a tokenizer. Pass it as `processing_class`.")
-
-
-def _objective_names(config: MixturePolicyConfig, reward_names: list[str]) -> list[str]:
-    """Labels of the policies, where they have one; otherwise names of the rewards, otherwise `policy_k`."""
-    if not reward_names or all(component.label for component in config.components):
-        return config.labels
-    return [component.label or name for component, name in zip(config.components, reward_names)]
-
-
-def _eos_token_ids(model: MixturePolicyModel, processing_class: PreTrainedTokenizerBase) -> list[int] | None:
-    """All tokens that end a completion: the tokenizer's, and those of the model's generation config."""
-    configured = model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    ids = {i for i in [*ids, processing_class.eos_token_id] if i is not None}
-    return sorted(ids) or None

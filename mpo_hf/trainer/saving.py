@@ -1,0 +1,180 @@
+"""What a fit leaves behind: checkpoints, a folder that opens as a mixture, a repository on the Hub."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitInfo
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..configuration_mixture import MixturePolicyConfig
+from ..hub import carries_code, check_pushable, code_alongside, shared_config
+from ..model_card import add_tags, create_model_card
+from ..modeling_mixture import MixturePolicyModel
+from .fit_card import measured_rewards, save_plot
+from .mpo_config import MPOConfig
+
+
+class MixtureSaving:
+    """The part of [`MPOTrainer`] that saves and pushes: configs and a few numbers, and no weights of policies."""
+
+    args: MPOConfig
+    model: MixturePolicyModel
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Saves the mixture: its config, the tokenizer and a model card. Policies are referred to; only a mixture of models
+        that were given in memory is written whole, and even then its checkpoints are not.
+
+        Args:
+            output_dir (`str`, *optional*): folder to save to. Defaults to `args.output_dir`.
+        """
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        if self.args.should_save and not _internal_call:
+            os.makedirs(output_dir, exist_ok=True)
+            self.create_model_card(output_dir=output_dir)
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # checkpoints of a mixture whose models were given in memory hold its config only: nothing in them changes
+        whole = all(component.name_or_path is None for component in self.model.config.components)
+        if not whole or output_dir in (None, self.args.output_dir) or not self._is_checkpoint(output_dir):
+            with (
+                self._shared_config(output_dir or self.args.output_dir, wanted=self.args.push_to_hub),
+                code_alongside(self.model, self.args.hub_with_code or None),
+            ):
+                return super()._save(output_dir, state_dict)
+        self.model.config.save_pretrained(output_dir)
+        self.processing_class.save_pretrained(output_dir)
+
+    def _is_checkpoint(self, output_dir: str) -> bool:
+        return os.path.basename(os.path.normpath(output_dir)).startswith(PREFIX_CHECKPOINT_DIR)
+
+    def create_model_card(
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        output_dir: str | None = None,
+        **kwargs,
+    ) -> None:
+        """
+        Writes the model card, `README.md`: components, weights, the mean rewards of what was drawn and, where matplotlib
+        is installed, a picture of the fit beside it.
+
+        Args:
+            language (`str` or `list[str]`, *optional*): language of the mixture, for the metadata of the card.
+            license (`str`, *optional*): its licence. Defaults to that of the components, if they all have the same one.
+            tags (`str` or `list[str]`, *optional*): further tags.
+            dataset_tags (`str` or `list[str]`, *optional*): repo ids of the prompts.
+            output_dir (`str`, *optional*): folder to write to. Defaults to `args.output_dir`.
+        """
+        if not self.is_world_process_zero():
+            return
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        rewards, note = measured_rewards(self.state.log_history, self.args.proposal)
+        card = create_model_card(
+            self.model.config,
+            self.hub_model_id or os.path.basename(os.path.abspath(output_dir)),
+            rewards=rewards,
+            plot=save_plot(self.state.log_history, output_dir),
+            note=note,
+            with_code=self.args.hub_with_code or carries_code(self.model),
+            token=self.args.hub_token,
+        )
+        add_tags(card, [*(self.model.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])])
+        for key, value in {"language": language, "license": license, "datasets": dataset_tags}.items():
+            if value is not None:
+                card.data[key] = value
+        card.save(os.path.join(output_dir, "README.md"))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        pin_revisions: bool | None = None,
+        upload_adapters: bool | None = None,
+        **kwargs,
+    ) -> CommitInfo:
+        """
+        Uploads the mixture, its tokenizer and a model card to the repo `args.hub_model_id`; no checkpoints.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`): message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): whether to return only when the upload has finished.
+            token (`str`, *optional*): token to write with. Defaults to `args.hub_token`.
+            revision (`str`, *optional*): branch to push to. Defaults to `args.hub_revision`.
+            private (`bool`, *optional*): whether to make the repo private when it is created.
+            pin_revisions (`bool`, *optional*):
+                Whether to pin policies to the commits that they were loaded from. Defaults to `args.hub_pin_revisions`.
+            upload_adapters (`bool`, *optional*):
+                Whether to upload adapters that live in folders. Defaults to `args.hub_upload_adapters`.
+            kwargs: see [`~transformers.Trainer.push_to_hub`].
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`], or a future of one with `blocking=False`.
+
+        Raises:
+            `ValueError`: for policies that live in folders of this machine.
+        """
+        upload_adapters = self.args.hub_upload_adapters if upload_adapters is None else upload_adapters
+        check_pushable(self.model.config, upload_adapters)
+        with self._shared_config(
+            self.args.output_dir, token=token, pin=pin_revisions, upload_adapters=upload_adapters
+        ):
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero():
+            # Trainer copies files of known names to the folder that is pushed: neither folders nor code
+            adapters = os.path.join(checkpoint_folder, "adapters")
+            if os.path.isdir(adapters):
+                shutil.copytree(adapters, os.path.join(self.args.output_dir, "adapters"), dirs_exist_ok=True)
+            for path in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(path, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    @contextmanager
+    def _shared_config(
+        self,
+        folder: str,
+        wanted: bool = True,
+        token: str | None = None,
+        pin: bool | None = None,
+        upload_adapters: bool | None = None,
+    ) -> Iterator[None]:
+        """While it lasts, what is saved is what others can open; see [`~mpo_hf.hub.shared_config`]."""
+        if not wanted or self._config_is_shared or not self.is_world_process_zero():
+            yield
+            return
+        self._config_is_shared = True
+        try:
+            with shared_config(
+                self.model,
+                folder,
+                token=token if token is not None else self.args.hub_token,
+                pin=self.args.hub_pin_revisions if pin is None else pin,
+                upload_adapters=self.args.hub_upload_adapters if upload_adapters is None else upload_adapters,
+            ):
+                yield
+        finally:
+            self._config_is_shared = False
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        config = MixturePolicyConfig.from_pretrained(resume_from_checkpoint)
+        if config.labels != self.model.config.labels:
+            raise ValueError(
+                f"The checkpoint {resume_from_checkpoint!r} belongs to a mixture of {config.labels}, this one is of "
+                f"{self.model.config.labels}."
+            )
+        self.model.mixture_weights = config.mixture_weights
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
