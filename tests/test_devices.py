@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import EOS, completions_of, greedy, left_pad, save_lora, save_tiny, tiny
+from peft import PeftModel
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
@@ -171,3 +172,14 @@ def test_quantised_components_are_those_quantised_alone(wide, which, tmp_path):
         torch.testing.assert_close(again(IDS).logits, full(IDS).logits)
         again = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=given)
         torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+
+
+def test_adapters_go_on_a_quantised_base(wide, tmp_path):
+    adapters = [save_lora(tmp_path / str(seed), wide[0], seed) for seed in (3, 4)]
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    model = MixturePolicyModel.from_policies(adapters, WEIGHTS, quantization_config=config)
+    components = [PeftModel.from_pretrained(load(wide[0], True), adapter).eval() for adapter in adapters]
+    with torch.no_grad():
+        logps = [component(IDS).logits.log_softmax(-1) for component in components]
+        torch.testing.assert_close(model(IDS).logits, sum(w * logp for w, logp in zip(WEIGHTS, logps)))
+    assert len(model.backbones) == 1 and generate(model) == greedy(components, WEIGHTS, PROMPTS, 5)
