@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from .mixture_generation import MixtureGenerationMixin
 from .pooled_head import PooledBackbone, PooledHead
 from .pooling import log_linear_pool, rule_out_implausible
 from .presets import PresetMixin
+from .stacked_cache import StackedCacheView, can_stack
+from .stacked_lora import AdapterStacks, can_run_stacked, repeat_rows
 
 
 logger = logging.get_logger(__name__)
@@ -106,6 +108,9 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
             raise ValueError(f"Got {len(self.policies)} policies for a config of {len(config.components)} components.")
         self._reference_handle = reference
         self._load_kwargs = load_kwargs or {}
+        # whether adapters over one base run side by side where they can
+        self.stack_adapters = True
+        self._stacks: dict[int, AdapterStacks] = {}
         self.pooled_head = PooledHead(self)
         self._fits_weights_only = False
         self.post_init()
@@ -280,7 +285,7 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
             **kwargs,
         }
         extras: dict[str, list] = {"hidden_states": [], "attentions": []}
-        component_logits = (self._run_policy(k, {**inputs, "past_key_values": views.get(k)}, extras) for k in active)
+        component_logits = self._component_logits(active, inputs, views, extras)
         if config.plausibility:
             component_logits = rule_out_implausible(component_logits, config.plausibility)
         logits = log_linear_pool(component_logits, weights[..., list(active)])
@@ -345,6 +350,70 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
             )
         return input_ids.masked_fill(foreign, 0)
 
+    def _component_logits(
+        self, active: Sequence[int], inputs: dict[str, Any], views: dict[int, Cache], extras: dict[str, list]
+    ) -> Iterator[torch.Tensor]:
+        """Logits of one component after another. Adapters that can run side by side do so when the first is due."""
+        groups = self._adapter_groups(active, inputs, views)
+        done: dict[int, torch.Tensor] = {}
+        for k in active:
+            if k in groups and k not in done:
+                done.update(self._run_stacked(*groups[k], inputs, views))
+            yield (
+                done.pop(k) if k in done else self._run_policy(k, {**inputs, "past_key_values": views.get(k)}, extras)
+            )
+
+    def _adapter_groups(
+        self, active: Sequence[int], inputs: dict[str, Any], views: dict[int, Cache]
+    ) -> dict[int, tuple[list[int], nn.Module]]:
+        """For components that run side by side in a call: all of their group, and the model that runs them."""
+        groups: dict[int, tuple[list[int], nn.Module]] = {}
+        if not self.stack_adapters or hasattr(self, "peft_config") or not can_stack(views.values()):
+            return groups
+        # the state of adapters is compared wherever something is computed anew, not at every step of decoding
+        changed = inputs["input_ids"].shape[1] > 1 or not views
+        for index in dict.fromkeys(self.policies[k].backbone for k in active):
+            members = self._stackable(index, active)
+            if len(members) > 1 and can_run_stacked(self.backbones[index], inputs, len(members)):
+                stack = self._stacks[index].get([self.policies[k].adapter for k in members], check=changed)
+                if stack is not None:
+                    groups |= dict.fromkeys(members, (members, stack))
+        return groups
+
+    def _stackable(self, index: int, components: Sequence[int]) -> list[int]:
+        """Which of some components run on a model by adapters that can run side by side."""
+        members = [k for k in components if self.policies[k].backbone == index]
+        if len(members) < 2:
+            return []
+        model = self.backbones[index]
+        if index not in self._stacks or self._stacks[index].model is not model:
+            self._stacks[index] = AdapterStacks(model)
+        return [k for k in members if self._stacks[index].allows(self.policies[k].adapter)]
+
+    @property
+    def stacked_components(self) -> list[list[int]]:
+        """
+        Components that are adapters over one base and run in one forward pass, where they have weight and nothing is
+        trained. All others run one after another, with the same results; why is logged at the level `info`.
+        """
+        groups = [self._stackable(index, range(len(self.policies))) for index in range(self._num_backbones)]
+        return [
+            group
+            for index, group in enumerate(groups)
+            if len(group) > 1 and self._stacks[index].get([self.policies[k].adapter for k in group]) is not None
+        ]
+
+    def _run_stacked(
+        self, members: list[int], stack: nn.Module, inputs: dict[str, Any], views: dict[int, Cache]
+    ) -> dict[int, torch.Tensor]:
+        """Logits of components that run side by side."""
+        keep = inputs["logits_to_keep"]
+        inputs = self._accepted_inputs(self.backbones[self.policies[members[0]].backbone], inputs)
+        if views:
+            inputs["past_key_values"] = StackedCacheView([views[k] for k in members])
+        logits = self._common_logits(stack(**repeat_rows(inputs, len(members)), return_dict=True).logits, inputs, keep)
+        return dict(zip(members, logits.chunk(len(members))))
+
     def _run_policy(self, k: int, inputs: dict[str, Any], extras: dict[str, list]) -> torch.Tensor:
         """Logits of component `k` over the common token ids; hidden states and attentions are added to `extras`."""
         keep = inputs["logits_to_keep"]
@@ -352,7 +421,10 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
         output = backbone(**inputs, return_dict=True)
         for name, collected in extras.items():
             collected.extend(getattr(output, name, None) or ())
-        logits = output.logits
+        return self._common_logits(output.logits, inputs, keep)
+
+    def _common_logits(self, logits: torch.Tensor, inputs: dict[str, Any], keep: int | torch.Tensor) -> torch.Tensor:
+        """The part of a component's logits that was asked for, over the common token ids."""
         if "logits_to_keep" not in inputs:
             logits = logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
         return logits[..., : self.config.vocab_size]
@@ -367,10 +439,15 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
                 "With gradient checkpointing the layers run again when gradients are computed, and then with the adapter "
                 "that ran last: those of the others would be wrong. Train adapters of one model without it."
             )
+        return backbone, self._accepted_inputs(backbone, inputs)
+
+    @staticmethod
+    def _accepted_inputs(backbone: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What a model accepts of `inputs`, on its device."""
         accepted = forward_parameters(backbone)
         inputs = {n: v for n, v in inputs.items() if n in accepted or n not in ("position_ids", "logits_to_keep")}
         device = _execution_device(backbone)
-        return backbone, {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+        return {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
 
     def _is_shared(self, handle: PolicyHandle) -> bool:
         return len({other.adapter for other in self.policies if other.backbone == handle.backbone}) > 1

@@ -1,0 +1,310 @@
+"""
+K LoRA adapters over one base in one forward pass.
+
+The rows of the K policies are laid one block after another, so that the weights of the base are read once for all of
+them, and the factors of the adapters are stacked, so that one batched product applies them. For this a model is copied
+without its weights: the copy has stacked layers in place of PEFT's, and shares every other module with the original.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# Stacks of different adapters that are kept at a time. Each holds a copy of their factors.
+KEPT_STACKS = 4
+# Tokens in one pass, all blocks counted, up to which reading the weights once saves much of its time. Beyond it saves a
+# tenth at best, and is not worth the memory of everybody's logits at once.
+MOST_TOKENS = 1024
+# Inputs with a row for each row of the batch.
+ROW_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+
+
+class StackedLoraLinear(nn.Module):
+    """
+    A linear layer with an adapter for each block of rows.
+
+    Args:
+        base_layer (`nn.Module`): the layer that the adapters were trained over.
+        factors_a (`torch.Tensor` of shape `(K, in_features, r)`): first factors, padded with zeros to one rank.
+        factors_b (`torch.Tensor` of shape `(K, r, out_features)`): second factors, scaled.
+        bias (`torch.Tensor` of shape `(K, 1, out_features)`, *optional*): biases of the adapters, scaled.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, factors_a: torch.Tensor, factors_b: torch.Tensor, bias: torch.Tensor | None
+    ):
+        super().__init__()
+        self.base_layer = base_layer
+        self.register_buffer("factors_a", factors_a, persistent=False)
+        self.register_buffer("factors_b", factors_b, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        output = self.base_layer(hidden_states)
+        count, in_features, _ = self.factors_a.shape
+        hidden_states = hidden_states.reshape(count, -1, in_features).to(self.factors_a.dtype)
+        inner = torch.bmm(hidden_states, self.factors_a)
+        blocks = output.view(count, -1, output.shape[-1])
+        if output.dtype == inner.dtype:
+            blocks.baddbmm_(inner, self.factors_b)
+        else:  # adapters are often kept in a higher precision than their base
+            blocks.copy_(torch.baddbmm(blocks.to(inner.dtype), inner, self.factors_b))
+        if self.bias is not None:
+            blocks.add_(self.bias)
+        return output
+
+
+class AdapterStacks:
+    """
+    Copies of a PEFT model in which several of its adapters run side by side, made when they are first asked for.
+
+    Args:
+        model (`PeftModel`): a model with LoRA adapters. It is not changed.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._refusals: dict[str | None, str | None] = {}
+        self._stacks: dict[tuple[str | None, ...], tuple[list, nn.Module | None]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stacks": {}}  # what is copied or saved makes its own
+
+    def allows(self, adapter: str | None) -> bool:
+        """Whether [`why_not_stacked`] has no objection to an adapter."""
+        if adapter not in self._refusals:
+            reason = self._refusals[adapter] = why_not_stacked(self.model, adapter)
+            if reason is not None:
+                logger.info(f"The adapter {adapter} does not run in one pass with others, because {reason}.")
+        return self._refusals[adapter] is None
+
+    def get(self, adapters: Sequence[str | None], check: bool = True) -> nn.Module | None:
+        """
+        A model whose rows are those of `adapters` (`None` for the base itself), one block after another.
+
+        Args:
+            adapters (`Sequence[str]`): names of adapters, each of them allowed.
+            check (`bool`, *optional*, defaults to `True`):
+                Whether to look if the adapters have changed since they were stacked.
+
+        Returns:
+            `nn.Module`, or `None` when these adapters cannot run side by side.
+        """
+        key = tuple(adapters)
+        state, stack = self._stacks.get(key, (None, None))
+        if torch.compiler.is_compiling():
+            return stack
+        self._stacks.pop(key, None)
+        if state is None or (check and state != _state(self.model, key)):
+            stack = stack_adapters(self.model, key)
+            state = _state(self.model, key)
+        self._stacks[key] = (state, stack)
+        if len(self._stacks) > KEPT_STACKS:  # the one that was not used for longest goes
+            del self._stacks[next(iter(self._stacks))]
+        return stack
+
+
+def can_run_stacked(model: nn.Module, inputs: dict[str, Any], count: int) -> bool:
+    """
+    Whether rows of several adapters would come out of one call as they do of one call each, and sooner.
+
+    Not where something is trained, intermediate results are asked for, or an input is not known to be by row.
+
+    Args:
+        model (`PeftModel`): the model of the adapters.
+        inputs (`dict`): arguments of its `forward`, for one adapter.
+        count (`int`): the number of adapters.
+    """
+    if count * inputs["input_ids"].numel() > MOST_TOKENS:
+        return False
+    if model.training or inputs.get("output_attentions") or inputs.get("output_hidden_states"):
+        return False
+    if torch.is_autocast_enabled(inputs["input_ids"].device.type):
+        return False
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
+        return False
+    rows = (len(inputs["input_ids"]), 1)
+    for name, value in inputs.items():
+        if name in ROW_INPUTS:
+            dims = (2, 4) if name == "attention_mask" else (2,)
+            if value is not None and not (
+                isinstance(value, torch.Tensor) and value.ndim in dims and len(value) in rows
+            ):
+                return False
+        elif name != "logits_to_keep" and not (value is None or isinstance(value, bool | int | float | str)):
+            return False
+    return True
+
+
+def repeat_rows(inputs: dict[str, Any], count: int) -> dict[str, Any]:
+    """Inputs for `count` blocks of the rows of `inputs`. What is the same for all rows stays as it is."""
+    rows = len(inputs["input_ids"])
+    return {
+        name: torch.cat([value] * count) if name in ROW_INPUTS and value is not None and len(value) == rows else value
+        for name, value in inputs.items()
+    }
+
+
+def why_not_stacked(model: nn.Module, adapter: str | None) -> str | None:
+    """
+    What keeps an adapter from running beside others in one pass, `None` for nothing.
+
+    Args:
+        model (`nn.Module`): the model that runs it.
+        adapter (`str`, *optional*): name of the adapter, `None` for the base itself.
+    """
+    if not hasattr(model, "get_base_model"):
+        return "the model has no adapters"
+    if adapter is None:
+        return None
+    config = model.peft_config[adapter]
+    if config.peft_type != "LORA":
+        return f"it is of type {getattr(config.peft_type, 'value', config.peft_type)}"
+    for setting in ("modules_to_save", "trainable_token_indices"):
+        if getattr(config, setting, None):
+            return f"it has `{setting}`"
+    for name, layer in model.get_base_model().named_modules():
+        if not (_is_from_peft(layer, "r") and adapter in layer.r):
+            continue
+        kind = type(layer)
+        if (kind.__module__, kind.__name__) != ("peft.tuners.lora.layer", "Linear"):
+            return f"its layer {name} is a {kind.__module__}.{kind.__name__}"
+        if adapter in layer.lora_variant:
+            return f"its layer {name} is a {type(layer.lora_variant[adapter]).__name__}"
+        if type(layer.base_layer.weight) is not nn.Parameter:
+            return f"the weight of its layer {name} is a {type(layer.base_layer.weight).__name__}"
+    return None
+
+
+def stack_adapters(model: nn.Module, adapters: Sequence[str | None]) -> nn.Module | None:
+    """
+    A copy of a PEFT model's base, without its weights, in which the rows are those of `adapters`, block after block.
+
+    Args:
+        model (`PeftModel`): a model with LoRA adapters.
+        adapters (`Sequence[str]`): names of the adapters that run side by side; `None` for the base itself.
+
+    Returns:
+        `nn.Module`, or `None` when the rows would not come out right, with the reason in the log.
+    """
+    stacked: list[StackedLoraLinear] = []
+    try:
+        for adapter in adapters:
+            if reason := why_not_stacked(model, adapter):
+                raise _CannotStack(f"of the adapter {adapter}: {reason}")
+        stack = _copy(model.get_base_model(), adapters, stacked, {})
+        _check_rows(stack, stacked, len(adapters))
+    except _CannotStack as reason:
+        logger.info(f"The adapters {list(adapters)} run one after another, because {reason}.")
+        return None
+    return stack
+
+
+class _CannotStack(Exception):
+    """Why adapters cannot run side by side."""
+
+
+def _copy(
+    module: nn.Module, adapters: Sequence[str | None], stacked: list[StackedLoraLinear], memo: dict[int, nn.Module]
+) -> nn.Module:
+    """The module itself where no layer of it is stacked, else a copy that shares parameters, buffers and hooks."""
+    if id(module) in memo:
+        return memo[id(module)]
+    if _is_from_peft(module, "base_layer"):
+        twin = _copy(module.base_layer, adapters, stacked, memo)
+        if _is_from_peft(module, "r") and any(adapter in module.r for adapter in adapters):
+            twin = StackedLoraLinear(twin, *_stacked_factors(module, adapters))
+            stacked.append(twin)
+    elif _is_from_peft(module, "original_module"):  # of adapters that are not among these
+        twin = _copy(module.original_module, adapters, stacked, memo)
+    else:
+        children = {name: child and _copy(child, adapters, stacked, memo) for name, child in module._modules.items()}
+        twin = module
+        if any(child is not module._modules[name] for name, child in children.items()):
+            if "forward" in module.__dict__:
+                raise _CannotStack(f"the forward of a {type(module).__name__} is replaced, as by offloading")
+            twin = object.__new__(type(module))
+            twin.__dict__.update({**module.__dict__, "_modules": children})
+    memo[id(module)] = twin
+    return twin
+
+
+def _is_from_peft(module: nn.Module, part: str) -> bool:
+    """Whether PEFT put a module in place of its part of that name."""
+    return hasattr(module, "adapter_layer_names") and hasattr(module, part)
+
+
+@torch.no_grad()
+def _stacked_factors(
+    layer: nn.Module, adapters: Sequence[str | None]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Factors of one layer for [`StackedLoraLinear`], zeros for the blocks without an adapter here."""
+    if layer.merged_adapters:
+        raise _CannotStack(f"the adapters {layer.merged_adapters} are merged into the base")
+    pairs = {a: (layer.lora_A[a], layer.lora_B[a], layer.scaling[a]) for a in adapters if a in layer.r}
+    if any("forward" in part.__dict__ for pair in pairs.values() for part in (layer, *pair[:2])):
+        raise _CannotStack("the forward of an adapter's layer is replaced, as by offloading")
+    first = next(iter(pairs.values()))[0].weight
+    like = {"device": first.device, "dtype": first.dtype}
+    for linear, _, _ in pairs.values():
+        like["dtype"] = torch.promote_types(like["dtype"], linear.weight.dtype)
+    rank = max(linear.out_features for linear, _, _ in pairs.values())
+    factors_a = torch.zeros(len(adapters), layer.in_features, rank, **like)
+    factors_b = torch.zeros(len(adapters), rank, layer.out_features, **like)
+    bias = torch.zeros(len(adapters), 1, layer.out_features, **like)
+    for k, adapter in enumerate(adapters):
+        if adapter in pairs:
+            linear_a, linear_b, scaling = pairs[adapter]
+            factors_a[k, :, : linear_a.out_features] = linear_a.weight.T
+            factors_b[k, : linear_a.out_features] = linear_b.weight.T * scaling
+            if linear_b.bias is not None:
+                bias[k] = linear_b.bias * scaling
+    return factors_a, factors_b, bias if bias.any() else None
+
+
+@torch.no_grad()
+def _check_rows(stack: nn.Module, stacked: Sequence[StackedLoraLinear], count: int) -> None:
+    """Runs the stack once, to see that blocks of rows reach every adapter as blocks: routed experts would mix them."""
+    shape = (count, count + 1)
+    seen = {}
+
+    def look(layer: nn.Module, args: tuple) -> None:
+        seen[layer] = tuple(args[0].shape[:-1])
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in stacked]
+    stack(input_ids=torch.zeros(shape, dtype=torch.long, device=stack.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    for layer in stacked:
+        if seen.get(layer) != shape:
+            raise _CannotStack(f"of {shape} tokens, an adapter's layer saw {seen.get(layer)}")
+
+
+def _state(model: nn.Module, adapters: Sequence[str | None]) -> list[Any]:
+    """What a stack was made from: other modules, or factors with other values, make another list."""
+    state: list[Any] = []
+    pending = [model.get_base_model()]
+    while pending:
+        module = pending.pop()
+        state.append(module)
+        if _is_from_peft(module, "base_layer"):
+            pending.append(module.base_layer)
+        else:
+            pending += filter(None, module._modules.values())
+        if _is_from_peft(module, "lora_A"):
+            state += map(tuple, (module.merged_adapters, [module.scaling.get(a) for a in adapters]))
+            for factors in (module.lora_A, module.lora_B):
+                for adapter in adapters:
+                    if adapter in factors:
+                        state += map(_mark, factors[adapter].parameters())
+    return state
+
+
+def _mark(parameter: torch.Tensor) -> tuple[int, int, int]:
+    return id(parameter), parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
