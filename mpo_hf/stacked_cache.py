@@ -22,8 +22,8 @@ class StackedCacheView(Cache):
     The layers of several components of equal architecture, seen as one cache whose rows are theirs, one block after
     another.
 
-    Every component's layers stay its own. While nobody else changes them, their keys are parts of one tensor, so that
-    a step copies no more than it would for as many rows of one model.
+    Every component's layers stay its own, and ordinary ones. While nobody else changes them, their keys are parts of one
+    tensor, so that a step need not gather them.
 
     Args:
         views (`Sequence[Cache]`): the cache of each component, with equally many layers.
@@ -41,18 +41,9 @@ class StackedCacheView(Cache):
         for layer, *states in zip(layers, key_states.chunk(count), value_states.chunk(count)):
             if not layer.is_initialized:
                 layer.lazy_initialization(*states)
-        first = layers[0]
-        whole, parts = _whole(layers)
-        # the first layer does the work for all
-        first.keys, first.values = whole
-        states = first.update(key_states, value_states, *args, **kwargs)
-        if parts is None or first.keys is not whole[0]:
-            whole = first.keys, first.values
-            parts = list(zip(*(states.chunk(count) for states in whole)))
-        first.mixture_blocks = whole, parts
-        for layer, (layer.keys, layer.values) in zip(layers, parts):
-            _copy_length(first, layer)
-        return states
+        if type(layers[0]) is DynamicLayer:
+            return _append(layers, key_states, value_states)
+        return _update_all_by_first(layers, key_states, value_states, *args, **kwargs)
 
 
 def can_stack(views: Iterable[Cache]) -> bool:
@@ -63,17 +54,68 @@ def can_stack(views: Iterable[Cache]) -> bool:
     )
 
 
-def _whole(layers: Sequence[CacheLayerMixin]) -> tuple[tuple[torch.Tensor, torch.Tensor], list | None]:
+def _append(layers: Sequence[DynamicLayer], *states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adds to layers that grow, whose keys and values are the filled part of tensors with room for more."""
+    length, rows = layers[0].get_seq_length(), len(states[0]) // len(layers)
+    end = length + states[0].shape[-2]
+    shared = _shared(layers)
+    if shared is None or shared[0].shape[-2] < end or _is_frozen(shared[0]):
+        room = 64 + end // 8
+        shared = tuple(new.new_empty(*new.shape[:-2], end + room, new.shape[-1]) for new in states)
+        for tensor, name in zip(shared, ("keys", "values")):
+            for i, layer in enumerate(layers if length else ()):
+                tensor[i * rows : (i + 1) * rows, :, :length] = getattr(layer, name)
+    for tensor, new in zip(shared, states):
+        tensor[..., length:end, :] = new
+    filled = shared[0][..., :end, :], shared[1][..., :end, :]
+    _share(layers, shared, filled)
+    return filled
+
+
+def _update_all_by_first(
+    layers: Sequence[CacheLayerMixin], key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Has the first layer do what its kind does, with the keys and values of all in place of its own."""
+    first = layers[0]
+    parts = first.keys, first.values
+    before = shared = _shared(layers)
+    if shared is None:
+        shared = torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers])
+    first.keys, first.values = shared
+    states = first.update(key_states, value_states, *args, **kwargs)
+    if before is not None and first.keys is before[0]:  # written to in place: all others have it already
+        first.keys, first.values = parts
+    else:
+        _share(layers, (first.keys, first.values), (first.keys, first.values))
+    for layer in layers[1:]:
+        _copy_length(first, layer)
+    return states
+
+
+def _share(layers: Sequence[CacheLayerMixin], shared: tuple, filled: tuple) -> None:
+    """Gives every layer its part of `filled`, and notes which they are, on the first."""
+    parts = list(zip(*(states.chunk(len(layers)) for states in filled)))
+    for layer, (keys, values) in zip(layers, parts):
+        layer.keys, layer.values = keys, values
+    layers[0].mixture_blocks = shared, parts
+
+
+def _shared(layers: Sequence[CacheLayerMixin]) -> tuple[torch.Tensor, torch.Tensor] | None:
     """
-    Keys and values of all layers in one tensor each, and the parts of them that the layers have, `None` when they had
-    to be copied: because a layer was updated by itself, reordered or cropped.
+    The tensors that keys and values of the layers are parts of, `None` when some are not, because a layer was updated by
+    itself, reordered or cropped.
     """
-    whole, parts = getattr(layers[0], "mixture_blocks", (None, []))
+    shared, parts = getattr(layers[0], "mixture_blocks", (None, []))
     if len(parts) == len(layers) and all(
         layer.keys is keys and layer.values is values for layer, (keys, values) in zip(layers, parts)
     ):
-        return whole, parts
-    return (torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers])), None
+        return shared
+    return None
+
+
+def _is_frozen(tensor: torch.Tensor) -> bool:
+    """Whether a tensor was made in inference mode, which has ended: it cannot be written to any more."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _copy_length(source: CacheLayerMixin, target: CacheLayerMixin) -> None:

@@ -449,6 +449,28 @@ def test_a_cache_may_be_changed_between_two_steps(pair, kind):
 
 
 @torch.no_grad()
+def test_a_cache_grows_beyond_its_room(three):
+    mixture, _ = three
+    ids = torch.randint(VOCAB, (2, 160), generator=torch.Generator().manual_seed(1))
+    cache = DynamicCache(config=mixture.config)
+    mixture(ids[:, :3], past_key_values=cache)
+    for i in range(3, 160):
+        logits = mixture(ids[:, i : i + 1], past_key_values=cache).logits
+    torch.testing.assert_close(logits[:, -1], mixture(ids).logits[:, -1], **CLOSE)
+    assert cache.layers[0].keys.untyped_storage().nbytes() < 2 * 3 * cache.layers[0].keys.nbytes
+
+
+def test_a_cache_made_in_inference_mode_is_used_outside_of_it(three):
+    mixture, _ = three
+    cache = DynamicCache(config=mixture.config)
+    with torch.inference_mode():
+        mixture(IDS[:, :4], past_key_values=cache)
+    with torch.no_grad():
+        logits = mixture(IDS[:, 4:], past_key_values=cache).logits
+        torch.testing.assert_close(logits, mixture(IDS).logits[:, 4:], **CLOSE)
+
+
+@torch.no_grad()
 def test_steps_of_decoding_copy_nothing_twice(three):
     mixture, _ = three
     for cache in (DynamicCache(config=mixture.config), StaticCache(config=mixture.config, max_cache_len=20)):
