@@ -330,7 +330,7 @@ def test_cache_of_another_mixture_is_refused(ids):
 
 
 def test_empty_cache_of_another_shape_is_refused(ids):
-    with pytest.raises(ValueError, match="cache holds 4 tokens of a model that is not this mixture"):
+    with pytest.raises(ValueError, match="cache.*2 layers.*components"):
         three()(ids, past_key_values=DynamicCache(config=tiny("qwen2", 9).config))
 
 
