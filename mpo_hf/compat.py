@@ -1,4 +1,8 @@
-"""The one place that touches names of Transformers and PEFT which are not part of their public interface."""
+"""
+Names of Transformers and PEFT which are not part of their public interface.
+
+Hooks that classes override, and single attributes, stay where they are used: tests/test_private_names.py lists them.
+"""
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
