@@ -379,8 +379,9 @@ def quantized_decode(case, prompt, steps):
 
 
 @torch.no_grad()
-def test_quantized_cache_quantizes_every_component_as_its_own_would(cases):
-    case = cases("llama+gpt2+qwen2")
+@pytest.mark.parametrize("kind", ["llama+gpt2+qwen2", "base+two adapters"])
+def test_quantized_cache_quantizes_every_component_as_its_own_would(cases, kind):
+    case = cases(kind)
     expected = quantized_decode(case, PROMPT, 30)
     options = {"max_new_tokens": 30, "cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
     assert generate(case.model, [PROMPT], **options) == [expected]
