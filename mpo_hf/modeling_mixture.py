@@ -140,12 +140,23 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
             parts |= {f"backbone_{i}.{name}".rstrip("."): device for name, device in own.items()}
         if len(set(map(str, parts.values()))) < 2:
             raise AttributeError("hf_device_map")
-        return parts
+        return dict(sorted(parts.items(), key=lambda part: part[1] == "disk"))  # pipelines compute on the first device
 
     @hf_device_map.setter
     def hf_device_map(self, parts: dict[str, Any]) -> None:
         # Accelerate says so of a mixture that is loaded from one checkpoint
         self._dispatched = parts
+
+    def to(self, *args, **kwargs) -> "MixturePolicyModel":
+        if self.device.type != "meta" and any(parameter.is_meta for parameter in self.parameters()):
+            device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+            if device != self.device or dtype is not None:
+                raise ValueError(
+                    f"Components of this mixture are offloaded, so that it cannot be moved to {dtype or device}. Choose devices and "
+                    "dtype when it is loaded: `device_map=`, `dtype=`."
+                )
+            return self
+        return super().to(*args, **kwargs)
 
     def init_weights(self):
         if self._built_from_config:

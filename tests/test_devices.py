@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import EOS, completions_of, greedy, left_pad, save_lora, save_tiny, tiny
+from helpers import EOS, VOCAB, completions_of, greedy, left_pad, save_lora, save_tiny, tiny, tiny_tokenizer
 from peft import PeftModel
 from torchao.quantization import Int8WeightOnlyConfig
-from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig, pipeline
 
 from mpo_hf import MixturePolicyModel
 
@@ -95,6 +95,21 @@ def test_device_map_of_a_mixture_in_one_checkpoint(tmp_path):
     )
     assert model.hf_device_map == {"backbone_0": "disk", "backbone_1": "cpu"} and model.device.type == "cpu"
     assert generate(model) == generate(plain)
+
+
+@pytest.mark.parametrize("device_map", ["disk", {"component_0": "disk", "component_1": "cpu"}])
+def test_offloaded_mixture_in_a_pipeline_and_moved(policies, plain, tmp_path, device_map):
+    model = MixturePolicyModel.from_policies(policies, WEIGHTS, device_map=device_map, offload_folder=tmp_path)
+    tokenizer = tiny_tokenizer([f"t{i}" for i in range(VOCAB)])
+    texts = [
+        pipeline("text-generation", model=each, tokenizer=tokenizer)("t1 t5 t9", max_new_tokens=4, do_sample=False)
+        for each in (model, plain)
+    ]
+    assert texts[0] == texts[1]
+    assert model.to("cpu") is model
+    for there in ("cuda:0", torch.bfloat16):
+        with pytest.raises(ValueError, match=f"offloaded.*{there}"):
+            model.to(there)
 
 
 def test_reference_goes_where_it_is_told_or_where_the_first_component_is(policies, tmp_path):
