@@ -4,8 +4,7 @@ import pytest
 import torch
 from helpers import EOS, VOCAB, completions_of, greedy, left_pad, save_lora, save_tiny, tiny, tiny_tokenizer
 from peft import PeftModel
-from torchao.quantization import Int8WeightOnlyConfig
-from transformers import AutoModelForCausalLM, TorchAoConfig, pipeline
+from transformers import AutoModelForCausalLM, QuantoConfig, pipeline
 
 from mpo_hf import MixturePolicyModel
 
@@ -164,13 +163,13 @@ def wide(tmp_path_factory):
 
 
 def load(policy, quantised):
-    config = TorchAoConfig(Int8WeightOnlyConfig()) if quantised else None
+    config = QuantoConfig(weights="int8") if quantised else None
     return AutoModelForCausalLM.from_pretrained(policy, quantization_config=config).eval()
 
 
 @pytest.mark.parametrize("which", [[0, 1], [1]])
 def test_quantised_components_are_those_quantised_alone(wide, which, tmp_path):
-    config = TorchAoConfig(Int8WeightOnlyConfig())
+    config = QuantoConfig(weights="int8")
     given = config if len(which) == 2 else {f"component_{k}": config for k in which}
     model = MixturePolicyModel.from_policies(wide, WEIGHTS, quantization_config=given)
     components = [load(policy, k in which) for k, policy in enumerate(wide)]
@@ -191,7 +190,7 @@ def test_quantised_components_are_those_quantised_alone(wide, which, tmp_path):
 
 def test_adapters_go_on_a_quantised_base(wide, tmp_path):
     adapters = [save_lora(tmp_path / str(seed), wide[0], seed) for seed in (3, 4)]
-    config = TorchAoConfig(Int8WeightOnlyConfig())
+    config = QuantoConfig(weights="int8")
     model = MixturePolicyModel.from_policies(adapters, WEIGHTS, quantization_config=config)
     components = [PeftModel.from_pretrained(load(wide[0], True), adapter).eval() for adapter in adapters]
     with torch.no_grad():
