@@ -50,11 +50,10 @@ def test_distillation_goes_on_where_it_stopped_and_leaves_an_adapter(tmp_path):
     mixture, student = str(tmp_path / "mixture"), tmp_path / "student"
     few = ["--max_completion_length", "8", "--num_eval_prompts", "2"]
     run_example("quickstart.py", "--output_dir", mixture, "--max_steps", "1", *few)
-    options = ["--mixture", mixture, "--output_dir", str(student), "--batch_size", "2", "--num_eval_completions", "1"]
+    options = ["--mixture", mixture, "--output_dir", str(student), "--batch_size", "2"]
     run_example("distill.py", *options, *few, "--max_steps", "5")
     output = run_example("distill.py", *options, *few, "--max_steps", "6")
-    for expected in ("student - fitted mixture, readable:", "of the gain in the minimum reward"):
-        assert expected in output
+    assert "student - fitted mixture, readable:" in output
     state = json.loads((student / "checkpoint-6" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [5]
     assert (student / "student" / "adapter_model.safetensors").stat().st_size < 6_000_000
