@@ -255,7 +255,8 @@ def _stacked_factors(
     for linear, _, _ in pairs.values():
         like["dtype"] = torch.promote_types(like["dtype"], linear.weight.dtype)
     rank = max(linear.out_features for linear, _, _ in pairs.values())
-    factors_a = torch.zeros(len(adapters), layer.in_features, rank, **like)
+    # kept transposed, which is faster to multiply with
+    factors_a = torch.zeros(len(adapters), rank, layer.in_features, **like).transpose(1, 2)
     factors_b = torch.zeros(len(adapters), rank, layer.out_features, **like)
     bias = torch.zeros(len(adapters), 1, layer.out_features, **like)
     for k, adapter in enumerate(adapters):

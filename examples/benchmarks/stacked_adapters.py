@@ -14,6 +14,7 @@ The adapters are the three of `examples/policies/`, some of them several times b
 """
 
 import argparse
+import copy
 import ctypes
 import gc
 import statistics
@@ -151,7 +152,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     base = load_base()
-    model = load_policies(load_base(), max(args.counts))
+    model = load_policies(copy.deepcopy(base), max(args.counts))
     print(
         f"SmolLM2-135M, float32, {args.threads} threads, {args.context} tokens of context. Ratios to the base alone:\n"
     )
