@@ -398,6 +398,8 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
             return []
         model = self.backbones[index]
         if index not in self._stacks or self._stacks[index].model is not model:
+            if torch.compiler.is_compiling():
+                return []  # stacks are made where nothing is compiled, such as before the first step of `generate`
             self._stacks[index] = AdapterStacks(model)
         return [k for k in members if self._stacks[index].allows(self.policies[k].adapter)]
 

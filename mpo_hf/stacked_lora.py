@@ -78,6 +78,8 @@ class AdapterStacks:
 
     def allows(self, adapter: str | None) -> bool:
         """Whether [`why_not_stacked`] has no objection to an adapter."""
+        if torch.compiler.is_compiling():
+            return self._refusals.get(adapter, "unknown") is None
         if adapter not in self._refusals:
             reason = self._refusals[adapter] = why_not_stacked(self.model, adapter)
             if reason is not None:

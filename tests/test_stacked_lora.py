@@ -531,3 +531,13 @@ def test_a_step_of_decoding_compiles_into_one_graph(three):
     output = mixture.generate(**INPUTS, **settings, cache_implementation="static", compile_config=config)
     assert output.tolist() == expected.tolist()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@torch.no_grad()
+def test_what_is_compiled_before_anything_ran_goes_the_general_way(tmp_path):
+    _, *adapters = build(tmp_path, num_hidden_layers=1)
+    mixture = MixturePolicyModel.from_policies(adapters)
+    torch._dynamo.reset()
+    logits = torch.compile(mixture, fullgraph=True, backend="eager")(IDS, use_cache=False).logits
+    assert not mixture._stacks
+    torch.testing.assert_close(logits, mixture(IDS).logits, **CLOSE)
