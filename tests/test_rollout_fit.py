@@ -301,6 +301,39 @@ def test_killed_ten_times_ends_where_an_uninterrupted_run_does(folders, tmp_path
     assert start("killed").communicate()[0].splitlines()[-1] == whole
 
 
+PARALLEL = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from test_trainer import make_trainer
+from mpo_hf import MixturePolicyModel
+torch.set_num_threads(1)
+root = {root!r}
+mixture = MixturePolicyModel.from_policies([root + "/a", root + "/b"], reference=root + "/ref", labels=["a", "b"])
+options = dict(estimator="mis", num_resamples=20, proposal="mixture", refresh_below=0.98, max_steps=4, use_cpu=True)
+run = make_trainer(mixture, {out!r}, gradient_accumulation_steps=2, **options)
+run.train()
+print("weights", run.accelerator.process_index, *run.model.config.mixture_weights, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_find_what_one_finds_on_the_same_completions(folders, tmp_path, processes):  # noqa: F811
+    script = tmp_path / "fit.py"
+    script.write_text(PARALLEL.format(tests=str(Path(__file__).parent), root=str(folders), out=str(tmp_path / "run")))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run([sys.executable, *launch, script], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = sorted(line.split() for line in done.stdout.splitlines() if line.startswith("weights"))
+    found = [[float(weight) for weight in line[2:]] for line in lines]
+    assert len(found) == processes and all(weights == found[0] for weights in found)
+    alone = refit(folders, tmp_path / "run" / "_rollouts", tmp_path, proposal="mixture")
+    alone.train()
+    shards = alone.rollouts.store.read(("id",))["id"]
+    assert len(alone.rollouts.numbers.ids) == len(shards) == len(set(shards)) >= 4 * processes * 8
+    assert alone.model.config.mixture_weights == pytest.approx(found[0], abs=1e-6)
+
+
 # ---- errors ----
 
 
