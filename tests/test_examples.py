@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,16 @@ def test_distillation_goes_on_where_it_stopped_and_leaves_an_adapter(tmp_path):
     state = json.loads((student / "checkpoint-6" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [5]
     assert (student / "student" / "adapter_model.safetensors").stat().st_size < 6_000_000
+
+
+@pytest.mark.slow
+def test_sequence_level_example_prints_its_tables():
+    options = ["--num_prompts", "2", "--num_particles", "4", "--max_new_tokens", "4", "--num_rounds", "1"]
+    output = run_example("sequence_level.py", *options)
+    rows = re.findall(r"^\| 4 \| (\S+) \| (\S+) \| (\S+) ± \S+ \| (\S+) \|$", output, re.MULTILINE)
+    mean_log_w, deviation, gap, effective = (float(number) for number in rows[0])
+    assert mean_log_w < 0 < deviation
+    assert gap > 0
+    assert 1 <= effective <= 4
+    assert "plain sampling: first token" in output and "ess_threshold=1.0: first token" in output
+    assert "standard deviation of log_normalizer" in output
