@@ -61,7 +61,8 @@ def _append(layers: Sequence[DynamicLayer], *states: torch.Tensor) -> tuple[torc
     shared = _shared(layers)
     if shared is None or shared[0].shape[-2] < end or _is_frozen(shared[0]):
         room = 64 + end // 8
-        shared = tuple(new.new_empty(*new.shape[:-2], end + room, new.shape[-1]) for new in states)
+        # zeros, not whatever lay there: an exported model hands the whole out
+        shared = tuple(new.new_zeros(*new.shape[:-2], end + room, new.shape[-1]) for new in states)
         for tensor, name in zip(shared, ("keys", "values")):
             for i, layer in enumerate(layers if length else ()):
                 tensor[i * rows : (i + 1) * rows, :, :length] = getattr(layer, name)
