@@ -74,7 +74,7 @@ class Author:
     def push_again_with_other_weights(self):
         card = ModelCard.load("author/mix")
         card.text += "\nThanks to all.\n"
-        card.push_to_hub("author/mix")
+        HfApi().upload_file(path_or_fileobj=str(card).encode(), path_in_repo="README.md", repo_id="author/mix")
         self.mixture.mixture_weights = [0.9, 0.1]
         self.mixture.push_to_hub("author/mix", private=False)
         self.mixture.mixture_weights = [0.3, 0.7]

@@ -126,10 +126,14 @@ class MixtureSaving:
         """
         upload_adapters = self.args.hub_upload_adapters if upload_adapters is None else upload_adapters
         check_pushable(self.model.config, upload_adapters)
+        if private is not None:
+            self.args.hub_private_repo = (
+                private  # Trainer's own method takes it as an argument from Transformers 5.23 on
+            )
         with self._shared_config(
             self.args.output_dir, token=token, pin=pin_revisions, upload_adapters=upload_adapters
         ):
-            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero():
