@@ -1,9 +1,10 @@
 """
-Names of Transformers and PEFT which are not part of their public interface.
+Names of Transformers, PEFT and torch which are not part of their public interface.
 
 Hooks that classes override, and single attributes, stay where they are used: tests/test_private_names.py lists them.
 """
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
@@ -105,3 +106,9 @@ def correct_tied_weights(model: nn.Module, tied: dict[str, str]) -> dict[str, st
         return adapted if adapted in names else key
 
     return {name_of(target): name_of(source) for target, source in tied.items()}
+
+
+def parse_to(*args, **kwargs) -> tuple[torch.device | None, torch.dtype | None]:
+    """What the arguments of `nn.Module.to` ask for."""
+    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+    return device, dtype

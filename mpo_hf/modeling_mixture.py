@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .compat import activate_adapter, correct_parallel_plans, correct_tied_weights, recomputes_layers
+from .compat import activate_adapter, correct_parallel_plans, correct_tied_weights, parse_to, recomputes_layers
 from .component_loading import ComponentLoader, Policy, PolicyHandle, forward_parameters, is_by_component
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig, check_mixture_weights
 from .hub import PUSH_ARGUMENTS, code_alongside, push_mixture
@@ -149,7 +149,7 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
 
     def to(self, *args, **kwargs) -> "MixturePolicyModel":
         if self.device.type != "meta" and any(parameter.is_meta for parameter in self.parameters()):
-            device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+            device, dtype = parse_to(*args, **kwargs)
             if device != self.device or dtype is not None:
                 raise ValueError(
                     f"Components of this mixture are offloaded, so that it cannot be moved to {dtype or device}. Choose devices and "
