@@ -60,10 +60,19 @@ def test_every_page_is_in_the_table_of_contents():
 
 def test_reference_is_built_from_the_docstrings(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path)}
-    command = [Path(sys.executable).with_name("doc-builder"), "build", "mpo_hf", DOCS, "--build_dir", tmp_path / "built"]
+    command = [
+        Path(sys.executable).with_name("doc-builder"),
+        "build",
+        "mpo_hf",
+        DOCS,
+        "--build_dir",
+        tmp_path / "built",
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
-    assert not re.search("warning|error|not found", done.stdout + done.stderr, re.IGNORECASE), done.stdout + done.stderr
+    assert not re.search("warning|error|not found", done.stdout + done.stderr, re.IGNORECASE), (
+        done.stdout + done.stderr
+    )
     built = {path.stem: path.read_text() for path in (tmp_path / "built").rglob("reference/*.mdx")}
     assert {"mixtures", "fitting", "mathematics"} <= built.keys()
     for name, text in built.items():
