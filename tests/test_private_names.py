@@ -59,7 +59,9 @@ def is_private(name: str) -> bool:
 def test_overridden_hooks_exist_and_are_listed(cls):
     ours = [base for base in cls.__mro__ if base.__module__.startswith("mpo_hf")]
     theirs = set().union(*(vars(base) for base in cls.__mro__ if base not in ours))
-    assert {name for base in ours for name in vars(base) if is_private(name)} & theirs == OVERRIDDEN[cls]
+    found = {name for base in ours for name in vars(base) if is_private(name)} & theirs
+    # not a hook: hub.py sets it on the class while its code is saved with a mixture
+    assert found - {"_auto_class"} == OVERRIDDEN[cls]
 
 
 def test_private_attributes_of_others_are_listed():
