@@ -68,7 +68,7 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
     >>> model.mixture_weights
     tensor([0.3000, 0.7000])
 
-    >>> model.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=4, do_sample=False).shape
+    >>> model.generate(torch.tensor([[1, 5, 9]]), min_new_tokens=4, max_new_tokens=4, do_sample=False).shape
     torch.Size([1, 7])
     ```
     """
