@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from trl import is_conversational
 
 from .configuration_mixture import check_mixture_weights
 from .modeling_mixture import MixturePolicyModel
 from .rewards import make_reward_functions
-from .rollouts import sample_completions, tokenize_prompts
-from .trainer.opening import eos_token_ids
+from .rollouts import completion_texts, eos_token_ids, sample_completions, tokenize_prompts
 
 
 @dataclass
@@ -153,9 +151,7 @@ def select_completions(
         mixture_weights=weights.flatten(0, 1),
     )
     ids = completions.id_lists()
-    texts = processing_class.batch_decode(ids, skip_special_tokens=True)
-    if is_conversational({"prompt": prompts[0]}):
-        texts = [[{"role": "assistant", "content": text}] for text in texts]
+    texts = completion_texts(completions, prompts, processing_class)
     columns = {name: [v for v in values for _ in range(num_neighbors)] for name, values in columns.items()}
     table = torch.stack([reward(repeated, texts, completion_ids=ids, **columns) for reward in rewards], dim=-1)
     table = table.view(weights.shape)

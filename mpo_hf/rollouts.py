@@ -76,6 +76,56 @@ def tokenize_prompts(
     return encoded["input_ids"]
 
 
+def eos_token_ids(model: MixturePolicyModel, processing_class: PreTrainedTokenizerBase) -> list[int] | None:
+    """All tokens that end a completion: the tokenizer's, and those of the model's generation config."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    ids = {i for i in [*ids, processing_class.eos_token_id] if i is not None}
+    return sorted(ids) or None
+
+
+def completion_texts(
+    completions: Completions,
+    prompts: Sequence[str | list[dict[str, str]]],
+    processing_class: PreTrainedTokenizerBase,
+) -> list[str] | list[list[dict[str, str]]]:
+    """
+    Completions as reward functions take them: texts, or conversations of one message where the prompts are conversations.
+
+    Args:
+        completions ([`Completions`]): N completions.
+        prompts (`Sequence`): the prompts, of which the first one tells the format.
+        processing_class (`PreTrainedTokenizerBase`): the tokenizer.
+    """
+    texts = processing_class.batch_decode(completions.id_lists(), skip_special_tokens=True)
+    if is_conversational({"prompt": prompts[0]}):
+        return [[{"role": "assistant", "content": text}] for text in texts]
+    return texts
+
+
+def pad_ids(rows: Sequence[Sequence[int]], pad_token_id: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids as one tensor, padded on the left or on the right, and its mask: both of shape `(N, longest)`."""
+    longest = max(1, *map(len, rows))
+    ids = torch.full((len(rows), longest), pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, values in enumerate(rows):
+        at = slice(longest - len(values), None) if left else slice(0, len(values))
+        ids[row, at], mask[row, at] = torch.as_tensor(values, dtype=torch.long), 1
+    return ids, mask
+
+
+def pad_completions(
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    pad_token_id: int,
+    device: torch.device | str,
+) -> Completions:
+    """Completions that were sampled before, as [`~mpo_hf.rollouts.completion_logps`] takes them."""
+    padded = [*pad_ids(prompt_ids, pad_token_id, left=True), *pad_ids(completion_ids, pad_token_id, left=False)]
+    unknown = torch.full((len(prompt_ids),), torch.nan, dtype=torch.float64)
+    return Completions(*(tensor.to(device) for tensor in padded), pooled_logps=unknown, proposal_logps=unknown)
+
+
 class _LogpsRecorder(LogitsProcessor):
     """
     Log-probabilities of the tokens that are drawn, from the logits that decoding computes anyway.
@@ -148,12 +198,8 @@ def sample_completions(
     Returns:
         [`Completions`] of N = P * m rows.
     """
-    longest = max(len(ids) for ids in prompt_ids)
-    padded = torch.full((len(prompt_ids), longest), pad_token_id)
-    mask = torch.zeros_like(padded)
-    for row, ids in enumerate(prompt_ids):
-        padded[row, longest - len(ids) :] = torch.as_tensor(ids)
-        mask[row, longest - len(ids) :] = 1
+    padded, mask = pad_ids(prompt_ids, pad_token_id, left=True)
+    longest = padded.shape[1]
     padded, mask = padded.to(policy.device), mask.to(policy.device)
     config = GenerationConfig(
         do_sample=True,

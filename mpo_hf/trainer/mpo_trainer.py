@@ -21,7 +21,6 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
-from trl import is_conversational
 
 from ..component_loading import Policy
 from ..estimation import Certificate
@@ -31,10 +30,18 @@ from ..objectives import dual_objective, effective_sample_size, implicit_dual_ob
 from ..optim import DualMinimizer, MirrorDescent
 from ..rewards import RewardModelSpec, make_reward_functions, normalize_rewards
 from ..rollout_store import COLUMNS, RolloutStore, given_rollouts
-from ..rollouts import Completions, completion_logps, sample_completions, tokenize_prompts
+from ..rollouts import (
+    Completions,
+    completion_logps,
+    completion_texts,
+    eos_token_ids,
+    pad_completions,
+    sample_completions,
+    tokenize_prompts,
+)
 from .mpo_config import MPOConfig
-from .opening import check_prompts, eos_token_ids, objective_names, open_policies, open_tokenizer
-from .rollout_fit import RolloutFit, pad_completions
+from .opening import check_prompts, objective_names, open_policies, open_tokenizer
+from .rollout_fit import RolloutFit
 from .saving import MixtureSaving
 
 
@@ -390,19 +397,12 @@ class MPOTrainer(MixtureSaving, Trainer):
         """Rewards of every completion, all or those of some `objectives`: shape `(N, K)`, float64, on the CPU."""
         repeated = self._repeated(inputs, completions)
         prompts, completion_ids = [example["prompt"] for example in repeated], completions.id_lists()
-        texts = self.completion_texts(repeated, completions)
+        texts = completion_texts(completions, prompts, self.processing_class)
         columns = {name: [e[name] for e in repeated] for name in repeated[0] if name not in ("prompt", *COLUMNS)}
         columns |= {"completion_ids": completion_ids, "trainer_state": self.state}
         functions = self.reward_functions if objectives is None else [self.reward_functions[k] for k in objectives]
         rewards = [reward(prompts, texts, **columns) for reward in functions]
         return torch.stack(rewards, dim=-1).double().cpu()
-
-    def completion_texts(self, examples: list[dict[str, Any]], completions: Completions) -> list:
-        """The completions as rewards see them: texts, or conversations where the prompts of `examples` are."""
-        texts = self.processing_class.batch_decode(completions.id_lists(), skip_special_tokens=True)
-        if is_conversational({"prompt": examples[0]["prompt"]}):
-            return [[{"role": "assistant", "content": text}] for text in texts]
-        return texts
 
     def prediction_step(
         self,

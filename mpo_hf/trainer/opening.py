@@ -60,11 +60,3 @@ def objective_names(config: MixturePolicyConfig, reward_names: list[str]) -> lis
     if not reward_names or all(component.label for component in config.components):
         return config.labels
     return [component.label or name for component, name in zip(config.components, reward_names)]
-
-
-def eos_token_ids(model: MixturePolicyModel, processing_class: PreTrainedTokenizerBase) -> list[int] | None:
-    """All tokens that end a completion: the tokenizer's, and those of the model's generation config."""
-    configured = model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    ids = {i for i in [*ids, processing_class.eos_token_id] if i is not None}
-    return sorted(ids) or None

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 
 from ..estimation import Certificate, DualTable, balance_heuristic, certify, implicit_table, reward_table
 from ..rollout_store import COLUMNS, RolloutStore
-from ..rollouts import Completions, completion_logps, mixture_logps
+from ..rollouts import Completions, completion_logps, completion_texts, mixture_logps, pad_completions
 
 
 # share of uniform weights in a proposal, so that every policy has a say in what is sampled
@@ -35,11 +35,12 @@ class Numbers:
     rewards: list[list[float] | None] = field(default_factory=list)
     # log-probabilities of a row under proposals that it was not drawn from
     densities: dict[tuple[int, Proposal], float] = field(default_factory=dict)
+    known_ids: set[int] = field(default_factory=set, compare=False, repr=False)
 
     def extend(self, rows: dict[str, Sequence]) -> None:
         """Adds rows of the store, each once: several processes fill up their last batch with the first rows again."""
-        known = set(self.ids)
-        new = [row for row, i in enumerate(rows["id"]) if i not in known]
+        new = [row for row, i in enumerate(rows["id"]) if i not in self.known_ids]
+        self.known_ids.update(rows["id"])
         self.ids += [rows["id"][row] for row in new]
         self.prompt_keys += [rows["prompt_key"][row] for row in new]
         self.proposals += [tuple(rows["proposal"][row]) for row in new]
@@ -50,7 +51,7 @@ class Numbers:
         """The same without the rows after the first so many."""
         if rows is None or rows >= len(self.ids):
             return self
-        kept = {f.name: getattr(self, f.name)[:rows] for f in fields(self) if f.name != "densities"}
+        kept = {f.name: getattr(self, f.name)[:rows] for f in fields(self) if isinstance(getattr(self, f.name), list)}
         return Numbers(**kept, densities=self.densities)
 
     def extend_densities(self, rows: dict[str, Sequence]) -> None:
@@ -236,7 +237,9 @@ class RolloutFit:
         prompt_ids = [ids[mask].tolist() for ids, mask in zip(completions.prompt_ids, completions.prompt_mask.bool())]
         texts = {
             **{name: [example[name] for example in examples] for name in examples[0] if name not in COLUMNS},
-            "completion": self.trainer.completion_texts(examples, completions),
+            "completion": completion_texts(
+                completions, [example["prompt"] for example in examples], self.trainer.processing_class
+            ),
             "prompt_ids": prompt_ids,
             "completion_ids": completions.id_lists(),
         }
@@ -327,26 +330,6 @@ def prompt_key(example: dict[str, Any]) -> str:
     """Equal for equal prompts with equal further columns, in every process and run."""
     content = {name: value for name, value in example.items() if name not in COLUMNS}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def pad_completions(
-    prompt_ids: Sequence[Sequence[int]],
-    completion_ids: Sequence[Sequence[int]],
-    pad_token_id: int,
-    device: torch.device | str,
-) -> Completions:
-    """Completions that were sampled before, as [`~mpo_hf.rollouts.completion_logps`] takes them."""
-    columns = []
-    for rows, left in ((prompt_ids, True), (completion_ids, False)):
-        longest = max(1, *map(len, rows))
-        ids = torch.full((len(rows), longest), pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, values in enumerate(rows):
-            at = slice(longest - len(values), None) if left else slice(0, len(values))
-            ids[row, at], mask[row, at] = torch.tensor(values, dtype=torch.long), 1
-        columns += [ids.to(device), mask.to(device)]
-    unknown = torch.full((len(prompt_ids),), torch.nan, dtype=torch.float64)
-    return Completions(*columns, pooled_logps=unknown, proposal_logps=unknown)
 
 
 def _density_rows(ids: Sequence[int], proposals: Sequence[Proposal], logps: torch.Tensor) -> dict[str, list]:
