@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .welfare import MaxMin, Welfare
+
 
 # numbers of one batch of bootstrap replicates; what is held at a time is about this many float64
 _CHUNK = 4_000_000
@@ -158,35 +160,29 @@ def implicit_table(prompt: torch.Tensor, policy_logps: torch.Tensor, proposal_lo
     return DualTable(prompt, -proposal_logps - counts.log()[prompt], policy_logps)
 
 
-def project_to_simplex(points: torch.Tensor) -> torch.Tensor:
-    """The nearest points of the simplex, by sorting (Duchi et al., 2008). Shape `(..., K)`."""
-    ordered, _ = points.sort(dim=-1, descending=True)
-    excess = ordered.cumsum(-1) - 1
-    ranks = torch.arange(1, points.shape[-1] + 1, dtype=points.dtype, device=points.device)
-    support = (ordered * ranks > excess).sum(-1, keepdim=True)
-    return (points - excess.gather(-1, support - 1) / support).clamp(min=0)
-
-
 def minimize_dual(
     table: DualTable,
     prompt_weights: torch.Tensor | None = None,
     start: torch.Tensor | None = None,
     tolerance: float = 1e-9,
     max_iterations: int = 100,
+    welfare: Welfare | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    The exact minimum of \\(\hat F\\) over the simplex, by Newton's method: a quadratic model of F̂ is minimised over the
-    simplex at each step. One pass over the table an iteration, whatever K.
+    The exact minimum of \\(\hat F\\) over the simplex, or over the weights of another welfare function, by Newton's
+    method: a quadratic model of F̂ is minimised there at each step. One pass over the table an iteration, whatever K.
 
     Args:
         table ([`DualTable`]): the table.
         prompt_weights (`torch.Tensor` of shape `(B, P)`, *optional*):
             Weights of the prompts, rows with sum 1, for B minima at a time. Defaults to equal weights, and B = 1.
-        start (`torch.Tensor` of shape `(K,)`, *optional*): where to start. Defaults to uniform weights.
+        start (`torch.Tensor` of shape `(K,)`, *optional*):
+            Where to start, among the weights of the welfare. Defaults to uniform weights.
         tolerance (`float`, *optional*, defaults to 1e-9):
-            Iterations end when \\(\max_k \nabla \hat F \cdot (\lambda - e_k)\\), which bounds the distance of F̂ from its
-            minimum, is below it.
+            Iterations end when \\(\nabla \hat F \cdot \lambda - U(\nabla \hat F)\\), which bounds the distance of F̂ from
+            its minimum, is below it.
         max_iterations (`int`, *optional*, defaults to 100): iterations at most.
+        welfare ([`~mpo_hf.welfare.Welfare`], *optional*): the welfare function U. Defaults to the max-min.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: minimisers of shape `(B, K)` and minima of shape `(B,)`.
@@ -206,33 +202,43 @@ def minimize_dual(
     """
     if prompt_weights is None:
         prompt_weights = table.offsets.new_full((1, table.num_prompts), 1 / table.num_prompts)
+    welfare = welfare if welfare is not None else MaxMin()
     if start is None:
-        start = table.offsets.new_full((table.num_objectives,), 1 / table.num_objectives)
+        start = welfare.start(table.num_objectives)
     rows = max(1, _CHUNK // len(table.prompt))
-    found = [_minimize(table, chunk, start, tolerance, max_iterations) for chunk in prompt_weights.split(rows)]
+    found = [
+        _minimize(table, chunk, start, tolerance, max_iterations, welfare) for chunk in prompt_weights.split(rows)
+    ]
     return torch.cat([weights for weights, _ in found]), torch.cat([minimum for _, minimum in found])
 
 
 def _minimize(
-    table: DualTable, prompt_weights: torch.Tensor, start: torch.Tensor, tolerance: float, max_iterations: int
+    table: DualTable,
+    prompt_weights: torch.Tensor,
+    start: torch.Tensor,
+    tolerance: float,
+    max_iterations: int,
+    welfare: Welfare,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weights = start.to(prompt_weights).expand(len(prompt_weights), -1).clone()
     value, gradient, hessian = _derivatives(table, prompt_weights, weights)
     for _ in range(max_iterations):
-        distance = (gradient * weights).sum(-1) - gradient.min(-1).values
+        distance = (gradient * weights).sum(-1) - welfare.value(gradient)
         open_ = distance > tolerance
         if not open_.any():
             break
-        direction = _quadratic_minimum(weights, gradient, hessian) - weights
+        direction = welfare.quadratic_minimum(weights, gradient, hessian) - weights
         slope = (gradient * direction).sum(-1)
         step = torch.ones_like(value)
         for _ in range(30):  # Armijo; a full step is taken near the minimum
-            new_value = _value(table, prompt_weights, weights + step.unsqueeze(-1) * direction)
+            new = welfare.retract(weights + step.unsqueeze(-1) * direction)
+            new_value = _value(table, prompt_weights, new)
             short = open_ & (new_value > value + 1e-4 * step * slope + 1e-15 * value.abs())
             if not short.any():
                 break
             step = torch.where(short, step / 2, step)
-        weights = torch.where(open_.unsqueeze(-1), weights + step.unsqueeze(-1) * direction, weights)
+        new = welfare.retract(weights + step.unsqueeze(-1) * direction)
+        weights = torch.where(open_.unsqueeze(-1), new, weights)
         value, gradient, hessian = _derivatives(table, prompt_weights, weights)
     return weights, value
 
@@ -256,23 +262,6 @@ def _derivatives(
         mean_k = shares.new_zeros(values.shape).index_add_(0, prompt, shares * advantages[:, k : k + 1])
         second[:, k] -= (weighted * mean_k[prompt]).T @ advantages
     return (prompt_weights.T * values).sum(0), gradient, (second + second.transpose(1, 2)) / 2
-
-
-def _quadratic_minimum(
-    weights: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, iterations: int = 200
-) -> torch.Tensor:
-    """Minimises the quadratic models of B functions over the simplex, by projected gradients with momentum (FISTA)."""
-    lipschitz = torch.linalg.matrix_norm(hessian, ord=2).clamp(min=1e-12)[:, None]
-    point, momentum, t = weights, weights, 1.0
-    for i in range(iterations):
-        slope = gradient + torch.einsum("bkl,bl->bk", hessian, momentum - weights)
-        new = project_to_simplex(momentum - slope / lipschitz)
-        t_new = (1 + (1 + 4 * t * t) ** 0.5) / 2
-        moved = (new - point).abs().amax()
-        momentum, point, t = new + (t - 1) / t_new * (new - point), new, t_new
-        if i % 10 == 9 and moved < 1e-13:
-            break
-    return point
 
 
 @dataclass

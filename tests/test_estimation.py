@@ -15,11 +15,11 @@ from mpo_hf.estimation import (
     certify,
     implicit_table,
     minimize_dual,
-    project_to_simplex,
     reward_table,
 )
 from mpo_hf.objectives import dual_objective
 from mpo_hf.rewards import normalize_rewards
+from mpo_hf.welfare import project_to_simplex
 
 
 PROMPTS = [f"{a} {b}" for a, b in itertools.product("abcdef", repeat=2)]

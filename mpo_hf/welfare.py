@@ -1,0 +1,288 @@
+r"""
+What a fit makes as large as it can be: a welfare function U of what the objectives gain.
+
+A fit solves, over all policies π,
+
+$$ \max_\pi \; U(g_1, \dots, g_K) - \beta\, E_x \mathrm{KL}(\pi \| \pi_{ref}), \qquad g_k = E_{x, y \sim \pi}[r_k] - d_k $$
+
+Every U here is concave, never falls when a gain grows, and doubles when all gains double. Such a function is the smallest
+weighted sum of its gains over a convex set of weights, \\(U(g) = \min_{\lambda \in \Lambda} \lambda \cdot g\\), which is all
+that tells one from another (Rockafellar, Convex Analysis, 1970, section 13). The best policy is
+\\(\pi_{ref} \exp(\sum_k \lambda_k r_k/\beta)\\), normalised, with λ the minimum of the same dual objective over that set:
+
+$$ \lambda^* = \arg\min_{\lambda \in \Lambda} \; E_x \log E_{y \sim \pi_{ref}} \exp\Big(\sum_k \lambda_k (r_k - d_k)/\beta\Big) $$
+
+In terms of policies \\(\pi_k \propto \pi_{ref} \exp(r_k/\beta)\\) it is
+\\(\prod_k \pi_k^{\lambda_k} \cdot \pi_{ref}^{1 - \sum_k \lambda_k}\\): where Λ is not within the simplex, the reference takes
+part, with a weight that may be negative.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+
+
+class Welfare(ABC):
+    """
+    A welfare function U and its set Λ of weights.
+
+    Attributes:
+        on_simplex (`bool`): whether all of Λ lies within the simplex.
+    """
+
+    on_simplex = True
+
+    @abstractmethod
+    def value(self, gains: torch.Tensor) -> torch.Tensor:
+        """U of gains of shape `(..., K)`: shape `(...)`. `-inf` where U is not defined."""
+
+    @abstractmethod
+    def start(self, num_objectives: int) -> torch.Tensor:
+        """A point of Λ, shape `(K,)`, float64."""
+
+    @abstractmethod
+    def quadratic_minimum(self, weights: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+        """
+        Where a step of Newton's method leads.
+
+        Args:
+            weights (`torch.Tensor` of shape `(B, K)`): points of Λ.
+            gradient (`torch.Tensor` of shape `(B, K)`): gradients of B functions there.
+            hessian (`torch.Tensor` of shape `(B, K, K)`): their Hessians.
+
+        Returns:
+            `torch.Tensor` of shape `(B, K)`: minima of the quadratic models over Λ, or over its boundary's tangent.
+        """
+
+    def retract(self, weights: torch.Tensor) -> torch.Tensor:
+        """Points between a point of Λ and where Newton's method leads, brought back to Λ. Shape `(B, K)`."""
+        return weights
+
+
+class _Projected(Welfare):
+    """A welfare whose Λ is a polyhedron onto which points are easily projected."""
+
+    @abstractmethod
+    def project(self, points: torch.Tensor) -> torch.Tensor:
+        """The nearest points of Λ, shape `(..., K)`."""
+
+    def quadratic_minimum(
+        self, weights: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, iterations: int = 200
+    ) -> torch.Tensor:
+        # projected gradients with momentum (FISTA; Beck and Teboulle, 2009)
+        lipschitz = torch.linalg.matrix_norm(hessian, ord=2).clamp(min=1e-12)[:, None]
+        point, momentum, t = weights, weights, 1.0
+        for i in range(iterations):
+            slope = gradient + torch.einsum("bkl,bl->bk", hessian, momentum - weights)
+            new = self.project(momentum - slope / lipschitz)
+            t_new = (1 + (1 + 4 * t * t) ** 0.5) / 2
+            moved = (new - point).abs().amax()
+            momentum, point, t = new + (t - 1) / t_new * (new - point), new, t_new
+            if i % 10 == 9 and moved < 1e-13:
+                break
+        return point
+
+
+class MaxMin(_Projected):
+    r"""The gain of the worst-off objective: \\(\min_k g_k\\), with the simplex as Λ."""
+
+    def value(self, gains: torch.Tensor) -> torch.Tensor:
+        return gains.min(-1).values
+
+    def start(self, num_objectives: int) -> torch.Tensor:
+        return torch.full((num_objectives,), 1 / num_objectives, dtype=torch.float64)
+
+    def project(self, points: torch.Tensor) -> torch.Tensor:
+        return project_to_simplex(points)
+
+
+class WeightedSum(_Projected):
+    r"""
+    A weighted sum of the gains, \\(\sum_k w_k g_k\\): Λ is one point, the mixture is known without any sample (the
+    fixed preference of multi-objective decoding), and a fit only measures what it reaches.
+
+    Args:
+        weights (`Sequence[float]`): w, at least 0 with sum 1, one an objective.
+    """
+
+    def __init__(self, weights: Sequence[float]):
+        self.weights = _distribution(weights)
+
+    def value(self, gains: torch.Tensor) -> torch.Tensor:
+        return gains @ self.weights
+
+    def start(self, num_objectives: int) -> torch.Tensor:
+        return self.weights.clone()
+
+    def project(self, points: torch.Tensor) -> torch.Tensor:
+        return self.weights.expand_as(points)
+
+
+class CVaR(_Projected):
+    r"""
+    The mean gain of the worst-off share of the objectives (conditional value at risk; Rockafellar and Uryasev, 2000):
+    the max-min for a small `level`, the weighted sum at 1. Λ is the part of the simplex where
+    \\(\lambda_k \le w_k/\text{level}\\).
+
+    Args:
+        level (`float`): the share, in (0, 1].
+        weights (`Sequence[float]`): w, at least 0 with sum 1, one an objective: how much of the whole each stands for.
+    """
+
+    def __init__(self, level: float, weights: Sequence[float]):
+        if not 0 < level <= 1:
+            raise ValueError(f"The level of CVaR must be in (0, 1], got {level}.")
+        self.caps = _distribution(weights) / level
+
+    def value(self, gains: torch.Tensor) -> torch.Tensor:
+        ordered, at = gains.sort(dim=-1)
+        filled = self.caps[at].cumsum(-1).clamp(max=1)
+        return (ordered * filled.diff(dim=-1, prepend=torch.zeros_like(filled[..., :1]))).sum(-1)
+
+    def start(self, num_objectives: int) -> torch.Tensor:
+        return self.caps / self.caps.sum()
+
+    def project(self, points: torch.Tensor) -> torch.Tensor:
+        return project_to_simplex(points, self.caps)
+
+
+class AlphaFair(Welfare):
+    r"""
+    α-fairness (Mo and Walrand, 2000) as a mean in the units of the gains, \\((\sum_k w_k g_k^{1-\alpha})^{1/(1-\alpha)}\\):
+    the weighted sum for α = 0, Nash's welfare \\(\prod_k g_k^{w_k}\\) for α = 1, the max-min for α to infinity. It needs gains
+    above 0, so they are counted from what the reference reaches. With \\(q = 1 - 1/\alpha\\),
+
+    $$ \Lambda = \Big\{\lambda > 0 : \Big(\sum_k w_k (\lambda_k/w_k)^q\Big)^{1/q} \ge 1\Big\} $$
+
+    by the reverse of Hölder's inequality.
+
+    Args:
+        alpha (`float`): α, above 0.
+        weights (`Sequence[float]`): w, above 0 with sum 1, one an objective.
+    """
+
+    on_simplex = False
+
+    def __init__(self, alpha: float, weights: Sequence[float]):
+        if not 0 < alpha < math.inf:
+            raise ValueError(
+                f"α must be above 0 and finite, got {alpha}. 0 is the weighted sum, infinity is the max-min."
+            )
+        self.weights = _distribution(weights)
+        if (self.weights == 0).any():
+            raise ValueError(f"α-fairness needs weights above 0, got {self.weights.tolist()}.")
+        self.power, self.dual_power = 1 - alpha, 1 - 1 / alpha
+
+    def value(self, gains: torch.Tensor) -> torch.Tensor:
+        log_mean = _log_power_mean(gains.clamp(min=0).log(), self.weights, self.power)
+        return torch.where((gains > 0).all(-1), log_mean.exp(), -torch.inf)
+
+    def start(self, num_objectives: int) -> torch.Tensor:
+        return self.weights.clone()
+
+    def quadratic_minimum(self, weights: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+        # Newton's method along the boundary c(λ) = 0 of Λ, where the minimum lies. With ∇c·λ = 1 the multiplier of
+        # the boundary is gradient·λ, and its curvature belongs to the Hessian.
+        shares = _log_power_shares((weights / self.weights).log(), self.weights, self.dual_power)
+        normal = shares / weights
+        outer = self.dual_power * shares.unsqueeze(-1) * shares.unsqueeze(-2)
+        curvature = (torch.diag_embed((1 - self.dual_power) * shares) + outer) / (
+            weights.unsqueeze(-1) * weights.unsqueeze(-2)
+        )
+        multiplier = (gradient * weights).sum(-1).clamp(min=1e-9)
+        system = torch.zeros(len(weights), weights.shape[-1] + 1, weights.shape[-1] + 1, dtype=weights.dtype)
+        system[:, :-1, :-1] = hessian + multiplier[:, None, None] * curvature
+        system[:, :-1, -1] = system[:, -1, :-1] = normal
+        right = torch.cat([-gradient, torch.zeros_like(gradient[:, :1])], dim=-1)
+        step = torch.linalg.solve(system, right)[:, :-1]
+        # not further than nine tenths of the way to a weight of 0
+        longest = torch.where(step < 0, -0.9 * weights / step, torch.inf).amin(-1, keepdim=True)
+        return weights + step * longest.clamp(max=1)
+
+    def retract(self, weights: torch.Tensor) -> torch.Tensor:
+        log_mean = _log_power_mean((weights / self.weights).log(), self.weights, self.dual_power)
+        return weights / log_mean.exp().unsqueeze(-1)
+
+
+class Constrained(_Projected):
+    r"""
+    Thresholds for some objectives, then the welfare of the others. Gains of constrained objectives are counted from their
+    thresholds; falling short costs `price` a unit: \\(U(g) = U'(g_{free}) + \text{price} \sum_{j} \min(g_j, 0)\\). Above a
+    certain price that is the constraint itself. The weight of a constrained objective is the price at which the constraint
+    binds: 0 where it holds by itself, `price` where it cannot be met.
+
+    Args:
+        free (`Welfare`): the welfare of the objectives without a constraint: [`MaxMin`], [`WeightedSum`] or [`CVaR`].
+        constrained (`Sequence[int]`): the objectives with a constraint.
+        price (`float`): the most that a constraint may weigh.
+    """
+
+    on_simplex = False
+
+    def __init__(self, free: Welfare, constrained: Sequence[int], price: float):
+        if not isinstance(free, _Projected):
+            raise ValueError(f"Constraints go with a max-min, a weighted sum or CVaR, not with {type(free).__name__}.")
+        if not 0 < price < math.inf:
+            raise ValueError(f"The price of a constraint must be above 0 and finite, got {price}.")
+        self.free, self.constrained, self.price = free, list(constrained), price
+
+    def _is_free(self, num_objectives: int) -> torch.Tensor:
+        is_free = torch.ones(num_objectives, dtype=torch.bool)
+        is_free[self.constrained] = False
+        return is_free
+
+    def value(self, gains: torch.Tensor) -> torch.Tensor:
+        free = self._is_free(gains.shape[-1])
+        return self.free.value(gains[..., free]) + self.price * gains[..., ~free].clamp(max=0).sum(-1)
+
+    def start(self, num_objectives: int) -> torch.Tensor:
+        free = self._is_free(num_objectives)
+        start = torch.zeros(num_objectives, dtype=torch.float64)
+        start[free] = self.free.start(int(free.sum()))
+        return start
+
+    def project(self, points: torch.Tensor) -> torch.Tensor:
+        free = self._is_free(points.shape[-1])
+        projected = points.clamp(min=0, max=self.price)
+        projected[..., free] = self.free.project(points[..., free])
+        return projected
+
+
+def project_to_simplex(points: torch.Tensor, caps: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    The nearest points of the simplex, or of the part of it below `caps`: points are lowered by what makes their sum 1, which
+    is found between two of the places where an entry reaches 0 or its cap.
+
+    Args:
+        points (`torch.Tensor` of shape `(..., K)`): any points.
+        caps (`torch.Tensor` of shape `(K,)`, *optional*): upper limits of the entries, with a sum of at least 1.
+    """
+    caps = torch.ones_like(points[..., :1]) if caps is None else caps  # no entry of the simplex is above 1
+    bends, _ = torch.cat([points, points - caps], dim=-1).sort(dim=-1)
+    sums = (points.unsqueeze(-2) - bends.unsqueeze(-1)).clamp(min=0).minimum(caps.unsqueeze(-2)).sum(-1)
+    last = (sums >= 1 - 1e-15).sum(-1, keepdim=True).clamp(1, bends.shape[-1] - 1) - 1  # the sums fall
+    low, high = bends.gather(-1, last), bends.gather(-1, last + 1)
+    at_low, at_high = sums.gather(-1, last), sums.gather(-1, last + 1)
+    share = ((at_low - 1) / (at_low - at_high).clamp(min=1e-300)).clamp(0, 1)
+    return (points - (low + share * (high - low))).clamp(min=0).minimum(caps)
+
+
+def _distribution(weights: Sequence[float]) -> torch.Tensor:
+    weights = torch.as_tensor(weights, dtype=torch.float64)
+    if weights.ndim != 1 or (weights < 0).any() or abs(weights.sum().item() - 1) > 1e-6:
+        raise ValueError(f"Weights of objectives must be at least 0, with sum 1, got {weights.tolist()}.")
+    return weights / weights.sum()
+
+
+def _log_power_mean(logs: torch.Tensor, weights: torch.Tensor, power: float) -> torch.Tensor:
+    """The logarithm of the weighted power mean of numbers whose logarithms are given."""
+    if power == 0:
+        return logs @ weights
+    return (weights.log() + power * logs).logsumexp(-1) / power
+
+
+def _log_power_shares(logs: torch.Tensor, weights: torch.Tensor, power: float) -> torch.Tensor:
+    """The gradient of [`_log_power_mean`] in the logarithms."""
+    return torch.softmax(weights.log() + power * logs, dim=-1)
