@@ -129,7 +129,9 @@ def test_alpha_fairness(alpha, seed):
 @pytest.mark.parametrize("free", ["max_min", "weighted_sum"])
 def test_constraints(free):
     world = World(2)
-    reachable = np.asarray(world.gains(world.policy(torch.tensor([0.0, 0.0, 1.5], dtype=torch.float64)), torch.zeros(3)))[2]
+    reachable = np.asarray(
+        world.gains(world.policy(torch.tensor([0.0, 0.0, 1.5], dtype=torch.float64)), torch.zeros(3))
+    )[2]
     threshold = 0.5 * (world.of_reference[2].item() + reachable)
     shift = torch.cat([world.of_reference[:2], torch.tensor([threshold], dtype=torch.float64)])
     holds = [lambda gains, _: gains[2]]
@@ -213,7 +215,7 @@ def test_projection_below_caps_is_the_nearest_point():
     points = torch.randn(30, 4, generator=generator, dtype=torch.float64)
     for point, projected in zip(points, project_to_simplex(points, caps)):
         nearest = minimize(
-            lambda p: ((p - point.numpy()) ** 2).sum(),
+            lambda p, point=point.numpy(): ((p - point) ** 2).sum(),
             caps.numpy() / caps.sum().item(),
             bounds=[(0, cap) for cap in caps.tolist()],
             constraints={"type": "eq", "fun": lambda p: p.sum() - 1},
