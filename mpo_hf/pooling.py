@@ -1,12 +1,12 @@
 """Log-linear pooling of next-token distributions: the pure tensor maths of a mixture of policies."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 
-def log_linear_pool(logits: Iterable[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+def log_linear_pool(logits: Iterable[torch.Tensor], weights: torch.Tensor | Sequence[float]) -> torch.Tensor:
     r"""
     Pools next-token distributions log-linearly.
 
@@ -22,9 +22,10 @@ def log_linear_pool(logits: Iterable[torch.Tensor], weights: torch.Tensor) -> to
         logits (`Iterable[torch.Tensor]`):
             K tensors of one shape `(batch_size, ..., vocab_size)`, normalised or not. They are taken one after
             another, so that a generator never holds more than one of them.
-        weights (`torch.Tensor`):
+        weights (`torch.Tensor` or `Sequence[float]`):
             Mixture weights, of shape `(K,)`, or `(batch_size, K)` for weights of each row's own. A weight of zero
-            takes its component out entirely, also where that component's log-probability is `-inf`.
+            takes its component out entirely, also where that component's log-probability is `-inf`. Numbers need not be
+            brought to the device of the logits, as a tensor is.
 
     Returns:
         `torch.Tensor`: pooled log-probabilities in float32 (float64 for float64 logits), of the shape of one
@@ -41,14 +42,20 @@ def log_linear_pool(logits: Iterable[torch.Tensor], weights: torch.Tensor) -> to
     tensor([[0.2806, 0.2174, 0.5020]])
     ```
     """
+    if isinstance(weights, torch.Tensor):
+        weights = weights.unbind(-1)
     pooled = None
     for k, component_logits in enumerate(logits):
         dtype = torch.promote_types(component_logits.dtype, torch.float32)
         logps = torch.log_softmax(component_logits, dim=-1, dtype=dtype)
-        weight = weights[..., k].to(device=logps.device, dtype=dtype)
-        weight = weight.reshape(weight.shape + (1,) * (logps.ndim - weight.ndim))
-        # 0 * -inf is NaN, but a component of weight zero has no say
-        term = torch.where(weight == 0, torch.zeros_like(logps), weight * logps)
+        weight = weights[k]
+        if isinstance(weight, torch.Tensor):
+            weight = weight.to(device=logps.device, dtype=dtype)
+            weight = weight.reshape(weight.shape + (1,) * (logps.ndim - weight.ndim))
+            # 0 * -inf is NaN, but a component of weight zero has no say
+            term = torch.where(weight == 0, torch.zeros_like(logps), weight * logps)
+        else:
+            term = weight * logps if weight else torch.zeros_like(logps)
         pooled = term if pooled is None else pooled + term.to(pooled.device)
     return pooled
 

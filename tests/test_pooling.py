@@ -33,6 +33,11 @@ def test_normaliser_is_zero_where_all_components_agree():
     torch.testing.assert_close(pooled, logits.log_softmax(-1))
 
 
+def test_weights_may_be_numbers():
+    logits, weights = random_logits(), [0.2, 0.5, 0.3]
+    torch.testing.assert_close(log_linear_pool(logits, weights), log_linear_pool(logits, torch.tensor(weights)))
+
+
 def test_weights_by_row_pool_every_row_with_its_own():
     logits = random_logits()
     weights = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5], [0.2, 0.3, 0.5], [0.0, 0.0, 1.0]])
@@ -54,8 +59,9 @@ def test_impossible_token_stays_impossible_unless_its_component_has_no_weight():
     pooled = log_linear_pool([sure, open_minded], torch.tensor([0.5, 0.5]))
     assert pooled[0, 1] == -torch.inf and pooled[0, [0, 2]].isfinite().all()
     assert log_normalizer(pooled).isfinite().all()
-    without = log_linear_pool([sure, open_minded], torch.tensor([0.0, 1.0]))
-    torch.testing.assert_close(without, open_minded.log_softmax(-1))
+    for weights in (torch.tensor([0.0, 1.0]), [0.0, 1.0]):
+        without = log_linear_pool([sure, open_minded], weights)
+        torch.testing.assert_close(without, open_minded.log_softmax(-1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
