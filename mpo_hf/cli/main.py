@@ -17,6 +17,7 @@ COMMANDS = {
     "inspect": ("inspect_mixture", "show components, weights, sizes and licences of a mixture"),
     "serve": ("serve", "answer OpenAI clients with a mixture; `transformers serve` that knows mixtures"),
     "push": ("push", "share a mixture on the Hub"),
+    "extract-adapter": ("extract", "turn a full fine-tune into an adapter of its base"),
 }
 
 DESCRIPTION = """\
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    commands = "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<17}{text}" for name, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="mpo-hf",
         usage="mpo-hf [--debug] COMMAND [options]",
