@@ -13,6 +13,7 @@ from .sequence_level import sequence_level_beam_search, sequential_monte_carlo
 
 if TYPE_CHECKING:
     from .preference_selection import select_completions
+    from .reward_ensembles import RewardEnsemble
     from .rewards import RewardModelSpec
     from .trainer import MPOConfig, MPOTrainer
 
@@ -25,6 +26,7 @@ __all__ = [
     "MixtureLogitsProcessor",
     "MixturePolicyConfig",
     "MixturePolicyModel",
+    "RewardEnsemble",
     "RewardModelSpec",
     "select_completions",
     "sequence_level_beam_search",
@@ -41,6 +43,10 @@ def __getattr__(name: str):
         from . import trainer
 
         return getattr(trainer, name)
+    if name == "RewardEnsemble":
+        from .reward_ensembles import RewardEnsemble
+
+        return RewardEnsemble
     if name == "RewardModelSpec":
         from .rewards import RewardModelSpec
 

@@ -43,10 +43,12 @@ class RewardFunction(ABC):
     Attributes:
         name (`str`): name of the objective.
         model (`torch.nn.Module`, *optional*): the reward model, for a trainer to place and prepare.
+        metrics (`Mapping[str, torch.Tensor]`): further numbers of the last call, for a trainer to log the means of.
     """
 
     name: str
     model: nn.Module | None = None
+    metrics: Mapping[str, torch.Tensor] = {}
 
     @abstractmethod
     def __call__(self, prompts: list[Text], completions: list[Text], **columns) -> torch.Tensor:
@@ -189,7 +191,7 @@ def make_reward_functions(
 
     Args:
         reward_funcs (`Callable`, `str`, [`~transformers.PreTrainedModel`], [`RewardModelSpec`], or a list of them):
-            one an objective. A [`RewardFunction`] is taken as it is.
+            one an objective. A [`RewardFunction`], such as a [`RewardEnsemble`], is taken as it is.
         names (`list[str | None]`, *optional*): names of the objectives, `None` for the default. Equal names are
             numbered: `length`, `length_2`.
         processing_classes ([`~transformers.PreTrainedTokenizerBase`], `str`, or a list of them, *optional*): tokenizers

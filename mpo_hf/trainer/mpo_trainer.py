@@ -519,6 +519,9 @@ class MPOTrainer(MixtureSaving, Trainer):
         if rewards is not None:
             for name, values in zip(self.objective_names, rewards.reshape(-1, rewards.shape[-1]).unbind(-1)):
                 self.record(mode, f"rewards/{name}", values)
+        for name, reward in zip(self.objective_names, self.reward_functions):
+            for metric, values in reward.metrics.items():
+                self.record(mode, f"ensembles/{name}/{metric}", values)
 
     def _record_certificate(self) -> None:
         """What is known of the weights after they have been fitted to a larger table."""

@@ -1,0 +1,219 @@
+"""Reward ensembles, against a loop over the members and the formulas as the paper has them."""
+
+import math
+import pickle
+import statistics
+
+import pytest
+import torch
+from test_rewards import (
+    ANSWERS,
+    CHATS,
+    COMPLETIONS,
+    PROMPTS,
+    Constant,
+    async_length,
+    length,
+    make_model,
+    make_tokenizer,
+)
+from test_trainer import count_b, count_c, folders, make_trainer, mixture  # noqa: F401
+from toy import LENGTH, toy_tokenizer
+
+from mpo_hf import RewardEnsemble, RewardModelSpec, select_completions
+from mpo_hf.reward_ensembles import aggregate_rewards
+from mpo_hf.rewards import ModelReward, RewardError, make_reward_functions
+
+
+# what the paper writes down for one completion, of the list of its members' rewards
+FORMULAS = {
+    "mean": lambda rewards, c: sum(rewards) / len(rewards),
+    "worst_case": lambda rewards, c: min(rewards),
+    "uncertainty": lambda rewards, c: statistics.fmean(rewards) - c * statistics.pvariance(rewards),
+}
+CASES = [("mean", None), ("worst_case", None), ("uncertainty", 0.5), ("uncertainty", 0.1), ("uncertainty", 0)]
+
+
+def classifier(seed: int, **kwargs):
+    """A classifier with weights of its own."""
+    model = make_model(**kwargs)
+    torch.manual_seed(seed)
+    model.score.weight.data.normal_()
+    return model
+
+
+@pytest.fixture
+def members(tmp_path) -> list:
+    """Members of every kind: a repo, a model, one output of another model that is turned round, and a function."""
+    classifier(1).save_pretrained(tmp_path / "rm")
+    make_tokenizer().save_pretrained(tmp_path / "rm")
+    spec = RewardModelSpec(
+        classifier(3, num_labels=2), processing_class=make_tokenizer(), logit=1, sign=-1, label="spec"
+    )
+    return [str(tmp_path / "rm"), classifier(2), spec, length]
+
+
+TOKENIZERS = [None, make_tokenizer(), None, None]
+
+
+def rewards_by_hand(members, prompts, completions) -> list[list[float]]:
+    """A list of the members' rewards for every completion, from each member alone."""
+    specs = [members[0], RewardModelSpec(members[1], processing_class=make_tokenizer()), members[2]]
+    alone = [ModelReward(spec) for spec in specs]
+    columns = [reward(prompts, completions).tolist() for reward in alone] + [length(completions)]
+    return [list(row) for row in zip(*columns)]
+
+
+class TestFormulas:
+    @pytest.mark.parametrize("aggregation, coefficient", CASES)
+    @pytest.mark.parametrize("shape", [(5, 2), (1, 7), (3, 4, 3)])
+    def test_equal_a_loop(self, aggregation, coefficient, shape):
+        rewards = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+        found = aggregate_rewards(rewards, aggregation, coefficient)
+        expected = [FORMULAS[aggregation](row, coefficient) for row in rewards.flatten(0, -2).tolist()]
+        assert found.shape == shape[:-1]
+        assert found.flatten().tolist() == pytest.approx(expected)
+
+    @pytest.mark.parametrize("aggregation, coefficient", CASES)
+    def test_order_of_members_and_constants(self, aggregation, coefficient):
+        rewards = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        found = aggregate_rewards(rewards, aggregation, coefficient)
+        torch.testing.assert_close(aggregate_rewards(rewards[:, [2, 0, 3, 1]], aggregation, coefficient), found)
+        torch.testing.assert_close(aggregate_rewards(rewards + 7, aggregation, coefficient), found + 7)
+        # on another scale, the coefficient is on the inverse of that scale
+        scaled = aggregate_rewards(rewards * 4, aggregation, coefficient and coefficient / 4)
+        torch.testing.assert_close(scaled, found * 4)
+        assert (found <= rewards.mean(-1) + 1e-12).all()
+
+
+class TestMembers:
+    @pytest.mark.parametrize("aggregation, coefficient", CASES[:3])
+    @pytest.mark.parametrize("prompts, completions", [(PROMPTS, COMPLETIONS), (CHATS, ANSWERS)])
+    def test_equal_every_member_alone(self, members, aggregation, coefficient, prompts, completions):
+        ensemble = RewardEnsemble(members, aggregation, coefficient, processing_classes=TOKENIZERS)
+        rewards = ensemble(prompts, completions)
+        table = rewards_by_hand(members, prompts, completions)
+        assert rewards.dtype == torch.float64 and rewards.shape == (5,)
+        assert rewards.tolist() == pytest.approx([FORMULAS[aggregation](row, coefficient) for row in table], abs=1e-5)
+        columns = [
+            ensemble.metrics[name].tolist() for name in ("rm", "LlamaForSequenceClassification", "spec", "length")
+        ]
+        assert [list(row) for row in zip(*columns)] == [pytest.approx(row, abs=1e-5) for row in table]
+        disagreement = [statistics.pstdev(row) for row in table]
+        assert ensemble.metrics["disagreement"].tolist() == pytest.approx(disagreement, abs=1e-5)
+        assert min(disagreement) > 0.1
+
+    def test_columns_reach_every_member(self):
+        def answer(completions, answer, **kwargs):
+            return answer
+
+        ensemble = RewardEnsemble([answer, async_length])
+        assert ensemble(["a", "b"], ["xx", "yyyy"], answer=[4.0, 8.0]).tolist() == [3.0, 6.0]
+
+    def test_errors_name_the_member(self):
+        def broken(completions, **kwargs):
+            return {}["missing"]
+
+        with pytest.raises(RewardError, match="'broken' raised KeyError"):
+            RewardEnsemble([length, broken], label="helpful")(["a"], ["b"])
+        with pytest.raises(ValueError, match="'Constant' returned nan for completion 0"):
+            RewardEnsemble([length, Constant(math.nan)], "worst_case")(["a"], ["b"])
+        short = RewardModelSpec(make_model(), processing_class=make_tokenizer(), label="small", max_length=1)
+        with pytest.raises(ValueError, match="'small' takes 1 to 1 tokens"):
+            RewardEnsemble([short, length])(PROMPTS, COMPLETIONS)
+
+    def test_members_of_one_name_are_told_apart(self):
+        ensemble = RewardEnsemble([Constant(1.0), Constant(3.0)])
+        assert ensemble(["a"], ["b"]).tolist() == [2.0]
+        assert {name: values.tolist() for name, values in ensemble.metrics.items()} == {
+            "Constant": [1.0],
+            "Constant_2": [3.0],
+            "disagreement": [1.0],
+        }
+
+    def test_an_ensemble_may_be_a_member(self):
+        inner = RewardEnsemble([Constant(1.0), Constant(3.0)], label="inner")
+        assert RewardEnsemble([inner, Constant(0.0)], "worst_case")(["a"], ["b"]).tolist() == [0.0]
+
+    def test_models_are_moved(self, members):
+        ensemble = make_reward_functions(RewardEnsemble(members, processing_classes=TOKENIZERS), device="meta")[0]
+        models = [member.model for member in ensemble.members if member.model is not None]
+        assert len(models) == 3
+        assert {parameter.device.type for model in models for parameter in model.parameters()} == {"meta"}
+
+    def test_pickles(self, members):
+        ensemble = RewardEnsemble(members, "uncertainty", 0.5, label="helpful", processing_classes=TOKENIZERS)
+        again = pickle.loads(pickle.dumps(ensemble))
+        assert again.name == "helpful"
+        assert torch.equal(again(PROMPTS, COMPLETIONS), ensemble(PROMPTS, COMPLETIONS))
+
+
+def test_names():
+    pair = [length, Constant(1.0)]
+    functions = make_reward_functions([RewardEnsemble(pair), RewardEnsemble(pair, label="kind"), RewardEnsemble(pair)])
+    assert [function.name for function in functions] == ["ensemble", "kind", "ensemble_2"]
+    assert make_reward_functions([functions[1]], names=["other"])[0].name == "other"
+
+
+@pytest.mark.parametrize(
+    "args, kwargs, message",
+    [
+        (([],), {}, "two or more reward functions, got 0"),
+        (([length],), {}, "two or more reward functions, got 1"),
+        (("org/rm",), {}, "list of two or more .*, got 1"),
+        (([length, 3],), {}, "3 is no reward function"),
+        (([length, length], "min"), {}, r"one of \['mean', 'worst_case', 'uncertainty'\], got 'min'"),
+        (([length, length], "uncertainty"), {}, "needs a `coefficient`"),
+        (([length, length],), {"coefficient": 0.5}, "0.5 would have no effect with 'mean'"),
+        (([length, length], "uncertainty", -0.1), {}, "0 or more, got -0.1"),
+        (([length, length], "uncertainty", math.nan), {}, "0 or more, got nan"),
+        (([length, length], "uncertainty", "0.5"), {}, "0 or more, got '0.5'"),
+        (([length, length],), {"processing_classes": [None] * 3}, "`processing_classes` has 3 entries for 2"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        RewardEnsemble(*args, **kwargs)
+
+
+# ---- where ensembles are used ----
+
+
+def count_c_and_d(completions, **kwargs):
+    return [float(c.split().count("c") + c.split().count("d")) for c in completions]
+
+
+def worst_by_hand(completions, **kwargs):
+    return [min(pair) for pair in zip(count_c(completions), count_c_and_d(completions))]
+
+
+@pytest.mark.parametrize("estimator", ["bsmd", "mis"])
+def test_a_fit_takes_one_as_a_reward_and_logs_its_members(mixture, tmp_path, estimator):  # noqa: F811
+    kwargs = {"estimator": estimator, "max_steps": 3}
+    ensemble = RewardEnsemble([count_c, count_c_and_d, worst_by_hand], "worst_case")
+    trainer = make_trainer(mixture, tmp_path / "ensemble", rewards=[ensemble, count_b], **kwargs)
+    trainer.train()
+    fitted = mixture.mixture_weights.clone()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    mixture.mixture_weights = [0.5, 0.5]
+    by_hand = make_trainer(mixture, tmp_path / "by_hand", rewards=[worst_by_hand, count_b], **kwargs)
+    by_hand.train()
+    assert torch.equal(mixture.mixture_weights, fitted) and fitted.tolist() != [0.5, 0.5]
+    for entry in steps:
+        assert entry["rewards/a"] == entry["ensembles/a/worst_by_hand"] <= entry["ensembles/a/count_c"]
+        assert entry["ensembles/a/count_c"] <= entry["ensembles/a/count_c_and_d"]
+        assert entry["ensembles/a/disagreement"] >= 0
+    assert max(entry["ensembles/a/disagreement"] for entry in steps) > 0
+    assert not [name for name in steps[0] if name.startswith("ensembles/b")]
+
+
+def test_completions_are_selected_by_one(mixture):  # noqa: F811
+    ensemble = RewardEnsemble([count_c, count_c_and_d], "uncertainty", 0.5)
+    torch.manual_seed(0)
+    result = select_completions(
+        mixture, ["a b", "c d"], toy_tokenizer(), [ensemble, count_b], num_neighbors=3, max_completion_length=LENGTH
+    )
+    texts = [text for candidates in result.candidates for text in candidates]
+    pairs = zip(count_c(texts), count_c_and_d(texts))
+    expected = [statistics.fmean(pair) - 0.5 * statistics.pvariance(pair) for pair in pairs]
+    assert result.rewards[..., 0].flatten().tolist() == pytest.approx(expected)
