@@ -184,6 +184,7 @@ def test_fit_from_yaml_with_dictionaries(world, tmp_path):
         "learning_rate": "1e-3",
         "model_init_kwargs": {"dtype": "float32"},
         "normalize_rewards": False,
+        "estimator": "bsmd",
     }
     (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
     # the command line has the last word
@@ -196,6 +197,70 @@ def test_fit_from_yaml_with_dictionaries(world, tmp_path):
     assert saved.components[1].name_or_path == str(world / "ref")
     assert saved.mixture_weights == pytest.approx([0.4, 0.6], abs=0.05)
     assert json.loads((tmp_path / "mix" / "trainer_state.json").read_text())["global_step"] == 1
+
+
+def test_fit_from_yaml_with_an_ensemble(world, tmp_path):
+    ensemble = [{"model": str(world / "rm"), "scale": 2.0}, str(world / "rm"), f"{world}/my_rewards.py:count_c"]
+    rewards = [
+        {"ensemble": ensemble, "aggregation": "uncertainty", "coefficient": 0.5, "label": "liked"},
+        f"{world}/my_rewards.py:count_b",
+    ]
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump({"rewards": rewards}))
+    options = [option for option in fit_options(world, tmp_path / "mix", "REWARD", steps=1) if option != "REWARD"]
+    options.remove("--rewards")
+    status, out, err = run(*options, "--config", tmp_path / "fit.yaml")
+    assert status == 0, err
+    assert "\nliked " in out
+    entry = json.loads((tmp_path / "mix" / "trainer_state.json").read_text())["log_history"][0]
+    assert entry["ensembles/liked/rm"] == pytest.approx(2 * entry["ensembles/liked/rm_2"])
+    mean = (entry["ensembles/liked/rm"] + entry["ensembles/liked/rm_2"] + entry["ensembles/liked/count_c"]) / 3
+    assert entry["rewards/liked"] < mean and entry["ensembles/liked/disagreement"] > 0
+
+
+ROLLOUT_FIT = ["--estimator", "mis", "--proposal", "mixture"]
+
+
+@pytest.fixture(scope="module")
+def sampled(world):
+    """A fit that keeps its completions, in `_rollouts`."""
+    output_dir = world / "sampled"
+    result = run(*fit_options(world, output_dir), *ROLLOUT_FIT)
+    assert result[0] == 0, result[2]
+    return output_dir
+
+
+def rollout_options(world, rollouts, output_dir, *more) -> list:
+    """Options of a fit to completions, without rewards."""
+    options = ["--policies", world / "a", world / "b", "--reference", world / "ref", "--output_dir", output_dir]
+    return ["fit", *options, "--labels", "count_c", "count_b", "--rollouts", rollouts, *more, *SMALL]
+
+
+def test_fit_to_the_completions_of_an_earlier_fit(world, sampled, tmp_path):
+    status, _, err = run(*rollout_options(world, sampled / "_rollouts", tmp_path, *ROLLOUT_FIT))
+    assert status == 0, err
+    weights = [MixturePolicyConfig.from_pretrained(folder).mixture_weights for folder in (sampled, tmp_path)]
+    assert weights[1] == pytest.approx(weights[0], abs=1e-6) and weights[0] != [0.5, 0.5]
+
+
+def test_fit_to_a_file_of_completions(world, tmp_path):
+    rows = [{"prompt": prompt, "suffix": "b", "completion": text} for prompt in PROMPTS for text in ("c c b", "b a c")]
+    (tmp_path / "completions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rewards = [f"{world}/my_rewards.py:{name}" for name in ("count_c", "count_b")]
+    options = rollout_options(world, tmp_path / "completions.jsonl", tmp_path / "mix", *ROLLOUT_FIT[:2])
+    status, _, err = run(*options, "--rewards", *rewards)
+    assert status == 0, err
+    history = json.loads((tmp_path / "mix" / "trainer_state.json").read_text())["log_history"]
+    assert {entry["rewards/count_c"] for entry in history if "loss" in entry} == {1.5}
+
+
+def test_rollouts_that_do_not_go_with_other_options(world, sampled, tmp_path):
+    options = rollout_options(world, sampled / "_rollouts", tmp_path)
+    assert "--estimator mis" in error_line(run(*options, "--estimator", "bsmd"))
+    options += ROLLOUT_FIT
+    assert "Leave out --dataset" in error_line(run(*options, "--dataset", world / "prompts.jsonl"))
+    assert "Leave out --dataset_streaming" in error_line(run(*options, "--dataset_streaming", "true"))
+    assert "--eval_dataset" in error_line(run(*options, "--eval_strategy", "steps"))
+    assert "no rollouts" in error_line(run(*rollout_options(world, sampled, tmp_path, *ROLLOUT_FIT)))
 
 
 def test_fit_goes_on_from_a_checkpoint(world, fitted, tmp_path):
@@ -284,9 +349,21 @@ def test_mistakes_in_yaml(world, tmp_path):
     error_line(fit_with("policies: ["))
     error_line(fit_with("- a list"))
     assert "nope.yaml" in error_line(run("fit", "--config", "nope.yaml"))
-    path.write_text(yaml.safe_dump({"rewards": [{"model": str(world / "rm"), "sing": -1}]}))
     options = ["--policies", world / "a", "--dataset", world / "prompts.jsonl", "--config", path]
-    assert "sing" in error_line(run("fit", *options))
+    model = str(world / "rm")
+    for reward, mentioned in [
+        ({"model": model, "sing": -1}, "sing"),
+        ({"modl": model}, "modl"),
+        ({"scale": 2.0}, "needs a `model`"),
+        ({"ensemble": model}, "must be a list"),
+        ({"ensemble": [model]}, "two or more"),
+        ({"ensemble": [model, model], "scale": 2.0}, "scale"),
+        ({"ensemble": [model, "os:missing"]}, "'missing'"),
+        ({"ensemble": [model, model], "aggregation": "median"}, "'median'"),
+        ({"ensemble": [model, model], "aggregation": "uncertainty"}, "coefficient"),
+    ]:
+        path.write_text(yaml.safe_dump({"rewards": [reward]}))
+        assert mentioned in error_line(run("fit", *options))
 
 
 def test_debug_shows_where(world):

@@ -44,8 +44,8 @@ class FitArguments(ScriptArguments):
         default_factory=list,
         metadata={
             "help": "One reward a policy, in their order: repo id or folder of a classifier, file.py:function or "
-            "module:function. In YAML also dictionaries, with the arguments of RewardModelSpec. Not needed for the "
-            "implicit objective.",
+            "module:function. In YAML also dictionaries, with the arguments of RewardModelSpec, or an ensemble of rewards. "
+            "Not needed for the implicit objective.",
             "metavar": "REWARD",
             "aliases": ["--reward_funcs"],
         },
@@ -78,6 +78,14 @@ class FitArguments(ScriptArguments):
             "aliases": ["--eval_dataset"],
         },
     )
+    rollouts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Completions to fit to instead of prompts, with --estimator mis: the folder _rollouts of an earlier fit, "
+            "or a dataset or file with the columns 'prompt' and 'completion'.",
+            "metavar": "FOLDER",
+        },
+    )
 
     def __post_init__(self):
         # one alone needs no list in YAML
@@ -88,8 +96,17 @@ class FitArguments(ScriptArguments):
             raise ValueError(
                 "--policies is needed: the policies to mix, for instance --policies org/helpful org/harmless"
             )
-        if not self.dataset_name:
-            raise ValueError("--dataset is needed: prompts to fit on, for instance --dataset prompts.jsonl")
+        if self.rollouts:
+            if self.dataset_name:
+                raise ValueError(
+                    f"--rollouts {self.rollouts} bring their own prompts. Leave out --dataset {self.dataset_name}; prompts to "
+                    "evaluate on are given by --eval_dataset."
+                )
+        elif not self.dataset_name:
+            raise ValueError(
+                "--dataset is needed: prompts to fit on, for instance --dataset prompts.jsonl (or completions to fit to, "
+                "by --rollouts)"
+            )
         if self.rewards and len(self.rewards) < len(self.policies):
             raise ValueError(
                 f"Got {len(self.rewards)} rewards for {len(self.policies)} policies; every policy needs the reward of its "
@@ -115,6 +132,7 @@ SECTIONS = {
         "dataset_streaming",
         "eval_dataset",
         "dataset_test_split",
+        "rollouts",
     ],
     "the fit": [
         "objective",
@@ -218,11 +236,16 @@ def run(argv: Sequence[str]) -> None:
 def make_trainer(args: FitArguments, training_args: MPOConfig) -> MPOTrainer:
     """Opens what the arguments name: what is quick to check first, policies last."""
     rewards = [parse_reward(reward) for reward in args.rewards]
-    train_dataset = load_prompts(args, args.dataset_name, args.dataset_train_split)
-    eval_dataset = None
+    train_dataset = rollouts = eval_dataset = None
+    if args.rollouts:
+        rollouts = load_rollouts(args, training_args)
+    else:
+        train_dataset = load_prompts(args, args.dataset_name, args.dataset_train_split)
     if training_args.eval_strategy != "no":
-        if args.eval_dataset_name is None and _file_type(args.dataset_name):
-            raise ValueError("--eval_strategy needs --eval_dataset: a file of prompts has no test split.")
+        if args.eval_dataset_name is None and (rollouts is not None or _file_type(args.dataset_name)):
+            raise ValueError(
+                "--eval_strategy needs --eval_dataset: a file of prompts, or rollouts, have no test split."
+            )
         eval_dataset = load_prompts(args, args.eval_dataset_name or args.dataset_name, args.dataset_test_split)
     return MPOTrainer(
         model=open_policies(args, training_args),
@@ -231,6 +254,7 @@ def make_trainer(args: FitArguments, training_args: MPOConfig) -> MPOTrainer:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None,
+        rollouts=rollouts,
     )
 
 
@@ -258,6 +282,20 @@ def load_prompts(args: FitArguments, name: str, split: str) -> Dataset | Iterabl
             raise OSError(f"There is no file {name!r}.")
         return load_dataset(file_type, data_files=name, split="train", streaming=args.dataset_streaming)
     return load_dataset(name, args.dataset_config, split=split, streaming=args.dataset_streaming)
+
+
+def load_rollouts(args: FitArguments, training_args: MPOConfig) -> str | Dataset:
+    """Completions to fit to: the folder of a store as it is, anything else as a dataset."""
+    if training_args.estimator != "mis":
+        raise ValueError(
+            f"--rollouts {args.rollouts} need --estimator mis: mirror descent (--estimator {training_args.estimator}) draws "
+            "its completions itself."
+        )
+    if args.dataset_streaming:
+        raise ValueError("--rollouts are fitted all at once, and cannot be streamed. Leave out --dataset_streaming.")
+    if os.path.isdir(args.rollouts):
+        return args.rollouts
+    return load_prompts(args, args.rollouts, args.dataset_train_split)
 
 
 def summarize(trainer: MPOTrainer) -> str:

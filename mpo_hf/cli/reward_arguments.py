@@ -7,38 +7,61 @@ import importlib.util
 import os
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..reward_ensembles import RewardEnsemble
 from ..rewards import RewardModelSpec
 
 
-def parse_reward(given: str | dict[str, Any]) -> str | Callable | RewardModelSpec:
+ENSEMBLE_KEYS = ("ensemble", "aggregation", "coefficient", "label")
+
+
+def parse_reward(given: str | dict[str, Any]) -> str | Callable | RewardModelSpec | RewardEnsemble:
     """
     What `MPOTrainer` takes as reward function for what a user names.
 
     Args:
         given (`str` or `dict`):
             `path/to/file.py:function` or `module:function`, which is imported; another string is the repo id or folder
-            of a classifier; a dictionary holds the arguments of [`RewardModelSpec`].
+            of a classifier; a dictionary holds the arguments of [`RewardModelSpec`], or, with the key `ensemble`, a list
+            of rewards and the arguments of [`RewardEnsemble`], whose models are opened.
 
     Raises:
         `ValueError`: there is no such function, or no such argument.
         `OSError`: there is no such file.
     """
     if isinstance(given, dict):
-        known = [field.name for field in dataclasses.fields(RewardModelSpec)]
-        if unknown := sorted(set(given) - set(known)):
-            raise ValueError(f"A reward is described by the keys {known}, got the unknown keys {unknown}.")
-        if "model" not in given:
-            raise ValueError(f"The reward {given} needs a `model`: the repo id or folder of a classifier.")
-        return RewardModelSpec(**given)
+        return _parse_ensemble(given) if "ensemble" in given else _parse_model(given)
     if not isinstance(given, str):
         raise ValueError(f"A reward is a repo id, a folder, a function or a dictionary, got {given!r}.")
     source, separator, name = given.rpartition(":")
     if not separator or os.path.isdir(given):
         return given
     return _import_function(given, source, name)
+
+
+def _parse_model(given: dict[str, Any]) -> RewardModelSpec:
+    _check_keys("A reward", given, [field.name for field in dataclasses.fields(RewardModelSpec)])
+    if "model" not in given:
+        raise ValueError(
+            f"The reward {given} needs a `model`, the repo id or folder of a classifier, or an `ensemble` of rewards."
+        )
+    return RewardModelSpec(**given)
+
+
+def _parse_ensemble(given: dict[str, Any]) -> RewardEnsemble:
+    _check_keys("An ensemble of rewards", given, ENSEMBLE_KEYS)
+    members = given["ensemble"]
+    if not isinstance(members, list):
+        raise ValueError(f"The `ensemble` of the reward {given} must be a list of rewards.")
+    kwargs = {name: value for name, value in given.items() if name != "ensemble"}
+    return RewardEnsemble([parse_reward(member) for member in members], **kwargs)
+
+
+def _check_keys(what: str, given: dict[str, Any], known: Sequence[str]) -> None:
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"{what} is described by the keys {list(known)}, got the unknown keys {unknown}.")
 
 
 def _import_function(given: str, source: str, name: str) -> Callable:
