@@ -305,6 +305,7 @@ def certify(
     num_resamples: int = 200,
     confidence: float = 0.95,
     seed: int = 0,
+    welfare: Welfare | None = None,
 ) -> Certificate:
     r"""
     A confidence bound of the duality gap F(λ) - F(λ*), and standard errors, by the bootstrap over prompts.
@@ -322,6 +323,7 @@ def certify(
         num_resamples (`int`, *optional*, defaults to 200): replicates.
         confidence (`float`, *optional*, defaults to 0.95): level of the bound.
         seed (`int`, *optional*, defaults to 0): seed of the replicates.
+        welfare ([`~mpo_hf.welfare.Welfare`], *optional*): the welfare function. Defaults to the max-min.
 
     Returns:
         [`Certificate`]
@@ -341,8 +343,8 @@ def certify(
     counts.scatter_add_(1, drawn, torch.ones_like(counts)).div_(num_prompts)
 
     by_prompt, shares = table.by_prompt(weights.unsqueeze(0))
-    (best,), (minimum,) = minimize_dual(table, start=weights)
-    replicates, minima = minimize_dual(table, counts, start=best, tolerance=1e-7)
+    (best,), (minimum,) = minimize_dual(table, welfare=welfare)
+    replicates, minima = minimize_dual(table, counts, start=best, tolerance=1e-7, welfare=welfare)
     gaps = counts @ by_prompt[:, 0] - minima
     support = int((replicates > 1e-6).double().mean(0).gt(0.5).sum())
     widened = _small_sample_factor(num_prompts, max(1, support - 1), confidence)

@@ -6,6 +6,7 @@ import torch
 from torch.optim import Optimizer
 
 from .estimation import DualTable, minimize_dual
+from .welfare import Welfare
 
 
 def entropic_mirror_step(log_weights: torch.Tensor, grad: torch.Tensor, lr: float) -> torch.Tensor:
@@ -145,18 +146,24 @@ class DualMinimizer(Optimizer):
         params (`Iterable[torch.nn.Parameter]`): the mixture weights, shape `(K,)`.
         table (`Callable`):
             Returns the [`~mpo_hf.estimation.DualTable`] to minimise, or `None` to leave the weights as they are.
+        welfare ([`~mpo_hf.welfare.Welfare`], *optional*): the welfare function. Defaults to the max-min.
     """
 
-    def __init__(self, params: Iterable[torch.nn.Parameter], table: Callable[[], DualTable | None]):
+    def __init__(
+        self,
+        params: Iterable[torch.nn.Parameter],
+        table: Callable[[], DualTable | None],
+        welfare: Welfare | None = None,
+    ):
         super().__init__(params, {"lr": 1.0})
-        self.table = table
+        self.table, self.welfare = table, welfare
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> None:
         """Moves every parameter to the minimum."""
         table = self.table()
         if table is not None:
-            (weights,), _ = minimize_dual(table)
+            (weights,), _ = minimize_dual(table, welfare=self.welfare)
             for group in self.param_groups:
                 for param in group["params"]:
                     param.copy_(weights)

@@ -42,12 +42,15 @@ class RewardScale:
             For objectives with a constraint, the least expected reward, in the unit of the scale: gains count from there.
         from_reference (`bool`, *optional*, defaults to `False`):
             Whether all other gains count from what the reference reaches, which welfare functions of gains above 0 need.
+        moments (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+            For `"z_score"`, the means and standard deviations of another table, of shape `(K,)`, instead of its own.
     """
 
     scale: str
     beta: float
     thresholds: Mapping[int, float] = field(default_factory=dict)
     from_reference: bool = False
+    moments: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, rewards: torch.Tensor, prompt: torch.Tensor, log_ratios: torch.Tensor) -> torch.Tensor:
         r"""
@@ -60,12 +63,14 @@ class RewardScale:
             `torch.Tensor` of shape `(N, K)`: gains, in the unit of the rewards or of the scale.
         """
         num_prompts = int(prompt.max()) + 1
-        log_ratios = log_ratios.unsqueeze(-1)
-        log_shares = log_ratios - segment_logsumexp(log_ratios, prompt, num_prompts)[prompt]
+        log_shares = _log_shares(prompt, log_ratios).unsqueeze(-1)
         shares = log_shares.exp()
         in_unit = rewards
         if self.scale == "z_score":
-            in_unit = _standardized(rewards, shares / num_prompts)
+            mean, deviation = (
+                self.moments if self.moments is not None else reference_moments(rewards, prompt, log_ratios)
+            )
+            in_unit = (rewards - mean) / deviation
         elif self.scale == "win_rate":
             in_unit = win_rates(rewards, prompt, shares.squeeze(-1))
 
@@ -128,7 +133,15 @@ def win_rates(rewards: torch.Tensor, prompt: torch.Tensor, shares: torch.Tensor)
     return rates
 
 
-def _standardized(rewards: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+def reference_moments(
+    rewards: torch.Tensor, prompt: torch.Tensor, log_ratios: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Means and standard deviations of the reference's rewards over all prompts, `(K,)` each; arguments as of [`RewardScale`].
+
+    Raises:
+        `ValueError`: for an objective whose rewards are all equal.
+    """
     constant = (rewards == rewards[0]).all(0)
     if constant.any():
         k = int(constant.nonzero()[0])
@@ -136,5 +149,12 @@ def _standardized(rewards: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
             f"The rewards of objective {k} are all {rewards[0, k].item()}: they have no standard deviation to be divided "
             'by. Use another `normalize_rewards` than "z_score".'
         )
+    shares = (_log_shares(prompt, log_ratios).exp() / (int(prompt.max()) + 1)).unsqueeze(-1)
     mean = (shares * rewards).sum(0)
-    return (rewards - mean) / (shares * (rewards - mean) ** 2).sum(0).sqrt()
+    return mean, (shares * (rewards - mean) ** 2).sum(0).sqrt()
+
+
+def _log_shares(prompt: torch.Tensor, log_ratios: torch.Tensor) -> torch.Tensor:
+    """Log importance weights with sum 1 over each prompt, shape `(N,)`."""
+    sums = segment_logsumexp(log_ratios.unsqueeze(-1), prompt, int(prompt.max()) + 1)
+    return log_ratios - sums.squeeze(-1)[prompt]

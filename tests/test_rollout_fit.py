@@ -70,9 +70,10 @@ def test_few_completions_close_most_of_the_gap(tmp_path, objective, proposal, fa
 
 
 def test_the_fit_ends_when_it_is_sure_enough(trainer):
-    run = trainer(tolerance=0.02, max_steps=200, per_device_train_batch_size=16, beta=1.0)
+    prompts = Dataset.from_dict({"prompt": [f"{a} {b}" for a in "abcd" for b in "abcd"]})
+    run = trainer(dataset=prompts, tolerance=0.02, max_steps=200, per_device_train_batch_size=16, beta=1.0)
     run.train()
-    assert run.state.global_step < 200
+    assert 3 <= run.state.global_step < 200  # not before ten prompts, of which a step has four
     assert 0 < run.certificate.duality_gap_bound <= 0.02
     assert run.state.log_history[-2]["duality_gap_bound"] == pytest.approx(run.certificate.duality_gap_bound)
 

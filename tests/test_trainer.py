@@ -48,6 +48,7 @@ def mixture(folders):
 
 def make_args(output_dir, **kwargs):
     defaults = {
+        "estimator": "bsmd",
         "num_generations": 4,
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 8,

@@ -6,6 +6,13 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..reward_scales import SCALES
+
+
+WELFARES = ("max_min", "weighted_sum", "nash", "alpha_fair", "cvar")
+# in nats: what is left to gain is then a hundredth of β at most
+DEFAULT_TOLERANCE = 0.01
+
 
 @dataclass
 class MPOConfig(TrainingArguments):
@@ -26,14 +33,34 @@ class MPOConfig(TrainingArguments):
             The policy that completions are drawn from. `"reference"`: the reference policy, as in the paper's
             Algorithm 2. `"mixture"`: the current mixture, reweighted exactly. Defaults to `"reference"` for the reward
             objective and to `"mixture"` for the implicit one, where samples of the reference collapse.
-        estimator (`str`, *optional*, defaults to `"bsmd"`):
-            `"bsmd"`: batch stochastic mirror descent, the paper's Algorithm 2, where every step looks at completions of its
-            own. `"mis"`: multiple importance sampling. All completions so far are kept under `output_dir/_rollouts`, every
+        welfare (`str`, *optional*, defaults to `"max_min"`):
+            What is made as large as it can be, of the gains of the objectives, less β times the divergence from the
+            reference. `"max_min"`: the worst-off objective, as in the paper. `"weighted_sum"`: as in MORLHF and
+            multi-objective decoding; the weights are `welfare_weights` then, and a fit measures what they reach. `"nash"`:
+            the product of the gains over the reference. `"alpha_fair"`: α-fairness, between all of these. `"cvar"`: the
+            worst-off share of the objectives. Other than the max-min need `estimator="mis"`.
+        welfare_weights (`list[float]`, *optional*):
+            How much every objective (without a constraint) counts in the welfare, with sum 1; not for the max-min.
+            Defaults to equal weights.
+        fairness_alpha (`float`, *optional*, defaults to 2.0):
+            α of `welfare="alpha_fair"`: near 0 a weighted sum, 1 Nash's welfare, towards infinity the max-min.
+        cvar_level (`float`, *optional*, defaults to 0.5):
+            The share of the objectives that `welfare="cvar"` looks at, in (0, 1].
+        constraints (`dict[str, float]`, *optional*):
+            Objectives that only have to reach an expected reward, such as `{"harmless": 0.9}`; the welfare is that of the
+            others then. In the unit of `normalize_rewards="z_score"` or `"win_rate"`, where that is chosen.
+        constraint_price (`float`, *optional*, defaults to 10.0):
+            The most that the weight of a constrained objective may be. Where it is reached, the constraint cannot be met.
+        estimator (`str`, *optional*, defaults to `"mis"`):
+            `"mis"`: multiple importance sampling. All completions so far are kept under `output_dir/_rollouts`, every
             step moves to the minimum of the dual objective on all of them, and
-            [`MPOTrainer.certificate`] says how far it may be from the true one. Takes a fraction of the completions.
+            [`MPOTrainer.certificate`] says how far it may be from the true one. `"bsmd"`: batch stochastic mirror
+            descent, the paper's Algorithm 2, where every step looks at completions of its own: needs several times the
+            completions, and does not know how far it has come.
         tolerance (`float`, *optional*):
             With `estimator="mis"`, end the fit as soon as the upper confidence bound of the duality gap, in nats, is
-            below this. Without, it takes `max_steps` steps.
+            below this, and no earlier than after 10 prompts. Defaults to 0.01. 0 for `max_steps` steps in any case, as with a
+            weighted sum, or when all completions are given.
         confidence (`float`, *optional*, defaults to 0.95):
             Level of that bound.
         num_resamples (`int`, *optional*, defaults to 200):
@@ -56,9 +83,12 @@ class MPOConfig(TrainingArguments):
             The constant c of the default step size η = c/√T.
         average_iterates (`bool`, *optional*, defaults to `True`):
             Whether the result is the average of all iterates, as in the paper, rather than the last one.
-        normalize_rewards (`bool`, *optional*, defaults to `True`):
-            Whether to normalise rewards by P(r) = r - β log E_ref exp(r/β), as in the paper: each objective then counts
-            relative to what a policy of its own could reach. `False` compares the raw rewards.
+        normalize_rewards (`str` or `bool`, *optional*):
+            What rewards of different objectives are compared on; see [`~mpo_hf.reward_scales.RewardScale`]. `"optimal"` or
+            `True`: the paper's P(r) = r - β log E_ref exp(r/β), relative to what a policy of its own could reach. `"none"`
+            or `False`: as they are. `"regret"`, `"reference"`, `"z_score"` and `"win_rate"` need `estimator="mis"`. Defaults
+            to `"optimal"`, or for `welfare="nash"` and `"alpha_fair"`, which count gains over the reference, to
+            `"reference"`.
         normalization_prompts (`int`, *optional*, defaults to 16):
             With the mixture as proposal, how many prompts to estimate each policy's value from, once, before the first
             step; see [`MPOTrainer.reward_offsets`].
@@ -101,6 +131,8 @@ class MPOConfig(TrainingArguments):
     ```
     """
 
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["constraints"]
+
     objective: str = field(default="reward", metadata={"help": "'reward' or 'implicit' (log-ratios of the policies)."})
     beta: float = field(default=0.1, metadata={"help": "KL coefficient, in the units of the rewards."})
     proposal: str | None = field(
@@ -109,14 +141,30 @@ class MPOConfig(TrainingArguments):
             "help": "Whom to draw completions from: 'reference' or 'mixture'. Default: what suits the objective."
         },
     )
+    welfare: str = field(
+        default="max_min",
+        metadata={"help": "What to maximise: 'max_min', 'weighted_sum', 'nash', 'alpha_fair' or 'cvar'."},
+    )
+    welfare_weights: list[float] | None = field(
+        default=None, metadata={"help": "How much each objective counts in the welfare, with sum 1."}
+    )
+    fairness_alpha: float = field(default=2.0, metadata={"help": "Alpha of alpha-fairness."})
+    cvar_level: float = field(default=0.5, metadata={"help": "Share of the objectives that CVaR looks at."})
+    constraints: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Least expected reward of some objectives, such as '{\"harmless\": 0.9}'."}
+    )
+    constraint_price: float = field(default=10.0, metadata={"help": "The most that a constraint may weigh."})
     estimator: str = field(
-        default="bsmd",
+        default="mis",
         metadata={
-            "help": "'bsmd' (the paper's mirror descent) or 'mis' (all completions so far, with a certificate)."
+            "help": "'mis' (all completions so far, with a certificate) or 'bsmd' (the paper's mirror descent)."
         },
     )
     tolerance: float | None = field(
-        default=None, metadata={"help": "With 'mis': end when the bound of the duality gap, in nats, is below this."}
+        default=None,
+        metadata={
+            "help": "With 'mis': end when the bound of the duality gap, in nats, is below this. Default 0.01; 0 for never."
+        },
     )
     confidence: float = field(default=0.95, metadata={"help": "Level of the bound of the duality gap."})
     num_resamples: int = field(default=200, metadata={"help": "Bootstrap replicates behind the bound."})
@@ -126,8 +174,12 @@ class MPOConfig(TrainingArguments):
     num_generations: int = field(default=16, metadata={"help": "Completions a prompt, m >= 2."})
     step_scale: float = field(default=2.0, metadata={"help": "Constant c of the default step size c/sqrt(T)."})
     average_iterates: bool = field(default=True, metadata={"help": "Return the average of all iterates."})
-    normalize_rewards: bool = field(
-        default=True, metadata={"help": "Count each reward relative to what its own optimal policy would reach."}
+    normalize_rewards: str | None = field(
+        default=None,
+        metadata={
+            "help": "What rewards are compared on: 'optimal' (relative to what a policy of their own could reach), 'regret', "
+            "'reference', 'z_score', 'win_rate' or 'none'. Default: what suits the welfare."
+        },
     )
     normalization_prompts: int = field(
         default=16, metadata={"help": "Prompts to estimate each policy's value from, with the mixture as proposal."}
@@ -170,10 +222,15 @@ class MPOConfig(TrainingArguments):
             self.proposal = "reference" if self.objective == "reward" else "mixture"
         _check_choice("proposal", self.proposal, ("reference", "mixture"))
         _check_choice("estimator", self.estimator, ("bsmd", "mis"))
-        if self.tolerance is not None and self.estimator != "mis":
+        self._check_welfare()
+        if self.tolerance is None:
+            self.tolerance = DEFAULT_TOLERANCE if self.estimator == "mis" else 0.0
+        if self.tolerance and self.estimator != "mis":
             raise ValueError(
                 f'`tolerance={self.tolerance}` needs `estimator="mis"`: mirror descent does not know how far it has come.'
             )
+        if not self.tolerance >= 0:
+            raise ValueError(f"`tolerance` must be at least 0, got {self.tolerance}.")
         if not 0 < self.confidence < 1:
             raise ValueError(f"`confidence` must be between 0 and 1, got {self.confidence}.")
         for name in ("beta", "temperature", "step_scale"):
@@ -197,6 +254,42 @@ class MPOConfig(TrainingArguments):
         if self.max_grad_norm:
             raise ValueError(
                 f"`max_grad_norm` must be 0, got {self.max_grad_norm}: a clipped gradient is no mirror descent step."
+            )
+
+    def _check_welfare(self) -> None:
+        _check_choice("welfare", self.welfare, WELFARES)
+        gains_over_reference = self.welfare in ("nash", "alpha_fair")
+        named = {None: "reference" if gains_over_reference else "optimal"}
+        named |= {True: "optimal", False: "none", "true": "optimal", "false": "none"}  # YAML, and the command line
+        scale = self.normalize_rewards
+        scale = named.get(scale.lower() if isinstance(scale, str) else scale, scale)
+        _check_choice("normalize_rewards", scale, SCALES)
+        self.normalize_rewards = scale
+        if isinstance(self.constraints, str) or not all(
+            isinstance(value, int | float) and math.isfinite(value) for value in (self.constraints or {}).values()
+        ):
+            raise ValueError(
+                f"`constraints` must give names of objectives numbers to reach, got {self.constraints!r}."
+            )
+        if self.welfare_weights is not None and self.welfare == "max_min":
+            raise ValueError("`welfare_weights` have no place in a max-min. Choose another `welfare`, such as 'cvar'.")
+        if gains_over_reference and scale in ("optimal", "regret"):
+            raise ValueError(
+                f"`welfare={self.welfare!r}` needs gains above 0, and with `normalize_rewards={scale!r}` nothing is. Use "
+                "'reference', 'z_score' or 'win_rate'."
+            )
+        if gains_over_reference and self.constraints:
+            raise ValueError(f"`constraints` go with max_min, weighted_sum or cvar, not with {self.welfare}.")
+        beyond = self.welfare != "max_min" or self.constraints
+        if self.objective == "implicit" and (gains_over_reference or self.constraints):
+            raise ValueError(
+                f"`welfare={self.welfare!r}` with `constraints={self.constraints}` needs rewards on a scale of their own, which "
+                "the implicit objective does not have."
+            )
+        if self.estimator == "bsmd" and (beyond or scale not in ("optimal", "none")):
+            raise ValueError(
+                f"`welfare={self.welfare!r}`, `constraints={self.constraints}`, `normalize_rewards={scale!r}` need "
+                '`estimator="mis"`; mirror descent is for the max-min.'
             )
 
     def step_size(self, num_steps: int) -> float:

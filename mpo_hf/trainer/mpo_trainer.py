@@ -1,4 +1,4 @@
-"""Fits the weights of a mixture of policies by batch stochastic mirror descent."""
+"""Fits the weights of a mixture of policies to their rewards."""
 
 import functools
 import math
@@ -39,6 +39,7 @@ from ..rollouts import (
     sample_completions,
     tokenize_prompts,
 )
+from .goal import Goal
 from .mpo_config import MPOConfig
 from .opening import check_prompts, objective_names, open_policies, open_tokenizer
 from .rollout_fit import RolloutFit
@@ -47,21 +48,26 @@ from .saving import MixtureSaving
 
 logger = logging.get_logger(__name__)
 
+# A bootstrap over fewer prompts is not believed
+MIN_PROMPTS = 10
+
 RewardFunc = Callable | str | PreTrainedModel | RewardModelSpec
 
 
 class MPOTrainer(MixtureSaving, Trainer):
     r"""
-    Fits the weights of a mixture of policies, so that the worst-off objective is as well off as it can be: the batch
-    stochastic mirror descent of [Mixing Preference Optimization](https://huggingface.co/papers/2502.18699).
+    Fits the weights of a mixture of policies, so that the worst-off objective is as well off as it can be, or another
+    welfare of the objectives: [Mixing Preference Optimization](https://huggingface.co/papers/2502.18699).
 
-    No policy is trained. Every step draws completions, measures every objective on them, and takes one step of entropic
-    mirror descent on the mixture weights λ, whose loss is the dual objective
+    No policy is trained. Every step draws completions, measures every objective on them, and moves the mixture weights λ
+    towards the minimum of the dual objective
 
     $$ F(\lambda) = E_x \log E_{y \sim \pi_{ref}} \exp\Big(\sum_k \lambda_k P(r_k)(x, y)/\beta\Big) $$
 
-    After every step `trainer.model.mixture_weights` is the result so far. Saving writes a config, a tokenizer and a model
-    card.
+    by the estimate from all completions so far (`estimator="mis"`) or by the paper's batch stochastic mirror descent
+    (`"bsmd"`). Nash's welfare, α-fairness and constraints leave the simplex: `trainer.model` is then a mixture with the
+    reference as its last component. After every step `trainer.model.mixture_weights` is the result so far. Saving writes
+    a config, a tokenizer and a model card.
 
     Args:
         model ([`MixturePolicyModel`], `str` or `list`):
@@ -152,8 +158,11 @@ class MPOTrainer(MixtureSaving, Trainer):
         model, reference = open_policies(model, ref_model, args)
         labels = model.config.labels
         if model.config.allow_off_simplex:
-            raise ValueError("MPO fits weights on the simplex, but this mixture allows others (`allow_off_simplex`).")
-        if min(model.config.mixture_weights) == 0:
+            raise ValueError(
+                "A fit starts from weights on the simplex, but this mixture allows others (`allow_off_simplex`). Pass the "
+                "list of its policies and the reference instead."
+            )
+        if args.estimator == "bsmd" and min(model.config.mixture_weights) == 0:
             raise ValueError(
                 f"The fit starts from the weights of the mixture, {model.config.mixture_weights}, and a weight of zero would "
                 "stay zero for ever. Start from uniform weights, or leave that policy out."
@@ -173,14 +182,18 @@ class MPOTrainer(MixtureSaving, Trainer):
             make_reward_functions(reward_funcs, processing_classes=reward_processing_classes) if reward_funcs else []
         )
         self.objective_names = objective_names(model.config, [reward.name for reward in self.reward_functions])
-        self.policies = [model.policy(k) for k in range(len(labels))]
+        self.goal = Goal(args, self.objective_names)
+        processing_class = processing_class if processing_class is not None else open_tokenizer(model, args)
+        start = model.config.mixture_weights
+        model = self.goal.extend(model, reference)
+        self.policies = [model.policy(k) for k in range(len(model.config.labels))]
         self._fits_given = rollouts is not None
         if self._fits_given:
             train_dataset, densities = given_rollouts(rollouts, self.objective_names)
         # λ lives outside the model: nothing in the model is trained, and float64 makes resuming exact
-        self.weights = nn.Parameter(torch.tensor(model.config.mixture_weights, dtype=torch.float64))
+        self.weights = nn.Parameter(torch.tensor(start, dtype=torch.float64))
+        model.mixture_weights = self.goal.mixture_weights(self.weights.detach())
 
-        processing_class = processing_class if processing_class is not None else open_tokenizer(model, args)
         if processing_class.pad_token_id is None:
             processing_class.pad_token = processing_class.eos_token
         super().__init__(
@@ -322,7 +335,7 @@ class MPOTrainer(MixtureSaving, Trainer):
         else:
             log_ratio = pooled_logps - proposal_logps  # zero unless there is a temperature
             scaled = rewards.view(*shape, -1)
-            if args.normalize_rewards:
+            if args.normalize_rewards == "optimal":
                 scaled = normalize_rewards(scaled, args.beta, log_ratio)
             loss, log_weights = dual_objective(weights, scaled / args.beta, log_ratio)
         self._record_step(mode, loss, log_weights, rewards, completions)
@@ -404,6 +417,28 @@ class MPOTrainer(MixtureSaving, Trainer):
         rewards = [reward(prompts, texts, **columns) for reward in functions]
         return torch.stack(rewards, dim=-1).double().cpu()
 
+    def _evaluate_on_table(self, inputs: list[dict[str, Any]]) -> torch.Tensor:
+        """The dual objective of completions of the prompts in `inputs` alone, by the estimate that the fit uses."""
+        args = self.args
+        completions = self.sample(inputs, torch.tensor(self.model.config.mixture_weights, dtype=torch.float64))
+        rewards = self.score_rewards(inputs, completions) if self.reward_functions else None
+        known = {}
+        if args.objective == "implicit":
+            known["policy_logps"] = completion_logps(self.policies, completions, args.logps_batch_size)
+        elif args.proposal == "reference":
+            known["reference_logps"] = completions.pooled_logps
+        else:
+            reference = [self.reference_policy]
+            known["reference_logps"] = completion_logps(reference, completions, args.logps_batch_size)[:, 0]
+        prompt = torch.arange(len(inputs)).repeat_interleave(args.num_generations)
+        table = self.goal.table(prompt, completions.proposal_logps, **known, rewards=rewards, sets_scale=False)
+        weights = self.goal.objective_weights(self.model.config.mixture_weights)
+        loss = table.by_prompt(weights.unsqueeze(0))[0].mean()
+        self.record("eval", "dual_objective", loss.reshape(1))
+        self.record("eval", "effective_sample_size", table.effective_sample_sizes(weights))
+        self._record_completions("eval", completions, rewards)
+        return loss
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -412,8 +447,11 @@ class MPOTrainer(MixtureSaving, Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
         with torch.no_grad():
-            weights = torch.tensor(self.model.config.mixture_weights, dtype=torch.float64)
-            loss = self._dual_objective(inputs, weights, "eval")
+            if self.rollouts is not None:
+                loss = self._evaluate_on_table(inputs)
+            else:
+                weights = torch.tensor(self.model.config.mixture_weights, dtype=torch.float64)
+                loss = self._dual_objective(inputs, weights, "eval")
         return loss.float().to(self.args.device), None, None
 
     # ---- normalisation, with the mixture as proposal ----
@@ -444,7 +482,7 @@ class MPOTrainer(MixtureSaving, Trainer):
     def prepare_reward_offsets(self) -> None:
         """Estimates the reward offsets, or takes them from the checkpoint that is resumed. Called as training begins."""
         args, callback = self.args, self._fit_state()
-        needed = args.objective == "reward" and args.proposal == "mixture" and args.normalize_rewards
+        needed = args.objective == "reward" and args.proposal == "mixture" and args.normalize_rewards == "optimal"
         needed = needed and self.rollouts is None
         if not needed or callback.offsets is not None:
             return
@@ -471,13 +509,13 @@ class MPOTrainer(MixtureSaving, Trainer):
         self.rollouts.begin(self.state.global_step, self._saved_state().get("rollouts"))
         self._fit_state().rollouts = self.rollouts
         with torch.no_grad():
-            self.weights.copy_(torch.tensor(self.model.config.mixture_weights))
+            self.weights.copy_(self.goal.objective_weights(self.model.config.mixture_weights))
 
     # ---- the optimiser ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.rollouts is not None:
-            self.optimizer = DualMinimizer([self.weights], self.rollouts.take_table)
+            self.optimizer = DualMinimizer([self.weights], self.rollouts.take_table, self.goal.welfare)
         elif self.optimizer is None:
             self.optimizer = MirrorDescent([self.weights], lr=self.args.step_size(self.state.max_steps))
         return self.optimizer
@@ -488,6 +526,13 @@ class MPOTrainer(MixtureSaving, Trainer):
         if not isinstance(optimizer, MirrorDescent) or not self.args.average_iterates:
             return self.weights.detach().clone()
         return optimizer.average(self.weights)
+
+    def is_sure_enough(self) -> bool:
+        """Whether the duality gap is known to be below `args.tolerance`. Never when there is nothing to save by ending."""
+        if self.certificate is None or self._fits_given or self.args.welfare == "weighted_sum":
+            return False
+        enough = self.rollouts.table.num_prompts >= MIN_PROMPTS
+        return enough and self.certificate.duality_gap_bound <= self.args.tolerance
 
     def floating_point_ops(self, inputs: list[dict[str, Any]]) -> int:
         return 0  # what is spent depends on the completions, not on the prompts that Trainer would count
@@ -558,10 +603,8 @@ class MPOTrainer(MixtureSaving, Trainer):
         if mode == "eval":
             metrics = {f"eval_{name}": value for name, value in metrics.items()}
         else:
-            metrics |= {
-                f"weights/{name}": weight
-                for name, weight in zip(self.objective_names, self.model.config.mixture_weights)
-            }
+            names = [*self.objective_names, "reference"]
+            metrics |= {f"weights/{name}": weight for name, weight in zip(names, self.model.config.mixture_weights)}
         self._metrics[mode].clear()
         super().log({**logs, **metrics}, start_time)
 
@@ -587,11 +630,10 @@ class _MirrorDescentCallback(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         trainer = self.trainer
         trainer.weights.grad = None  # Trainer clears the gradients of the model, where the weights are not
-        trainer.model.mixture_weights = trainer.fitted_weights()
+        trainer.model.mixture_weights = trainer.goal.mixture_weights(trainer.fitted_weights())
         if trainer.rollouts is not None and trainer.rollouts.certify(trainer.fitted_weights()):
             trainer._record_certificate()
-            bound = trainer.certificate.duality_gap_bound if trainer.certificate is not None else None
-            if args.tolerance is not None and bound is not None and bound <= args.tolerance:
+            if trainer.is_sure_enough():
                 control.should_training_stop = True
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from ..estimation import Certificate, DualTable, balance_heuristic, certify, implicit_table, reward_table
+from ..estimation import Certificate, DualTable, balance_heuristic, certify
 from ..rollout_store import COLUMNS, RolloutStore
 from ..rollouts import Completions, completion_logps, completion_texts, mixture_logps, pad_completions
 
@@ -173,8 +173,11 @@ class RolloutFit:
         policy_logps, pooled = mixture_logps(
             trainer.policies, completions, mixtures, args.temperature, args.logps_batch_size
         )
-        scores = {"policy_logps": policy_logps.tolist(), "reference_logps": [None] * len(completions)}
-        if trainer.reference_policy is not None:
+        objectives = trainer.goal.num_objectives
+        scores = {"policy_logps": policy_logps[:, :objectives].tolist(), "reference_logps": [None] * len(completions)}
+        if policy_logps.shape[-1] > objectives:  # the reference is the mixture's last component
+            scores["reference_logps"] = policy_logps[:, -1].tolist()
+        elif trainer.reference_policy is not None:
             logps = completion_logps([trainer.reference_policy], completions, args.logps_batch_size)
             scores["reference_logps"] = logps[:, 0].tolist()
         return scores, pooled
@@ -257,17 +260,16 @@ class RolloutFit:
 
     def make_table(self, rows: int | None = None) -> DualTable:
         """The table of the dual objective of all completions so far, or of the first `rows` of them."""
-        args, numbers = self.trainer.args, self.numbers.first(rows)
+        numbers = self.numbers.first(rows)
         prompt = _numbered(numbers.prompt_keys)
         density = self._density(numbers, prompt)
-        if args.objective == "implicit":
-            return implicit_table(prompt, torch.tensor(numbers.policy_logps, dtype=torch.float64), density)
-        return reward_table(
+        if self.trainer.args.objective == "implicit":
+            return self.trainer.goal.table(prompt, density, torch.tensor(numbers.policy_logps, dtype=torch.float64))
+        return self.trainer.goal.table(
             prompt,
-            torch.tensor(numbers.rewards, dtype=torch.float64) / args.beta,
-            torch.tensor(numbers.reference_logps, dtype=torch.float64),
             density,
-            normalize=args.normalize_rewards,
+            reference_logps=torch.tensor(numbers.reference_logps, dtype=torch.float64),
+            rewards=torch.tensor(numbers.rewards, dtype=torch.float64),
         )
 
     @property
@@ -314,7 +316,12 @@ class RolloutFit:
         args, table, self._is_new = self.trainer.args, self.table, False
         if table.num_prompts > 1:
             self.certificate = certify(
-                table, weights, self.rewards, confidence=args.confidence, num_resamples=args.num_resamples
+                table,
+                weights,
+                self.rewards,
+                confidence=args.confidence,
+                num_resamples=args.num_resamples,
+                welfare=self.trainer.goal.welfare,
             )
         self._renew_proposal(weights)
         return True
@@ -322,8 +329,8 @@ class RolloutFit:
     def _renew_proposal(self, weights: torch.Tensor) -> None:
         usable = self.table.effective_sample_sizes(weights).mean().item()
         if self.proposal and usable < self.trainer.args.refresh_below:
-            share = DEFENSIVE_SHARE / len(weights)
-            self.proposal = tuple(((1 - DEFENSIVE_SHARE) * weights + share).tolist())
+            defensive = (1 - DEFENSIVE_SHARE) * weights + DEFENSIVE_SHARE / len(weights)
+            self.proposal = tuple(self.trainer.goal.mixture_weights(defensive).tolist())
 
 
 def prompt_key(example: dict[str, Any]) -> str:

@@ -1,0 +1,116 @@
+"""What a fit is for: which welfare of the objectives, on which scale, and the mixture that a result stands for."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..estimation import DualTable, implicit_table, reward_table
+from ..modeling_mixture import MixturePolicyModel
+from ..reward_scales import RewardScale, reference_moments
+from ..welfare import AlphaFair, Constrained, CVaR, MaxMin, WeightedSum, Welfare
+from .mpo_config import MPOConfig
+
+
+class Goal:
+    """
+    The goal that the options of a fit describe.
+
+    Args:
+        args ([`MPOConfig`]): the options.
+        objectives (`Sequence[str]`): names of the objectives.
+
+    Raises:
+        `ValueError`: for constraints or weights that do not fit the objectives.
+    """
+
+    def __init__(self, args: MPOConfig, objectives: Sequence[str]):
+        unknown = [name for name in args.constraints or {} if name not in objectives]
+        if unknown:
+            raise ValueError(f"`constraints` names {unknown}, but the objectives are {list(objectives)}.")
+        self.args, self.num_objectives = args, len(objectives)
+        self.thresholds = {objectives.index(name): tau for name, tau in (args.constraints or {}).items()}
+        self.welfare = self._make_welfare()
+        self._scale = RewardScale(
+            args.normalize_rewards, args.beta, self.thresholds, isinstance(self.welfare, AlphaFair)
+        )
+
+    def _make_welfare(self) -> Welfare:
+        args, free = self.args, self.num_objectives - len(self.thresholds)
+        if not free:
+            raise ValueError(
+                f"All objectives have constraints, {args.constraints}: at least one must be left to improve."
+            )
+        weights = args.welfare_weights if args.welfare_weights is not None else [1 / free] * free
+        if len(weights) != free:
+            raise ValueError(
+                f"Got {len(weights)} `welfare_weights` for {free} objectives"
+                f"{' without a constraint' if self.thresholds else ''}."
+            )
+        welfare = {
+            "max_min": MaxMin,
+            "weighted_sum": lambda: WeightedSum(weights),
+            "cvar": lambda: CVaR(args.cvar_level, weights),
+            "nash": lambda: AlphaFair(1.0, weights),
+            "alpha_fair": lambda: AlphaFair(args.fairness_alpha, weights),
+        }[args.welfare]()
+        return Constrained(welfare, list(self.thresholds), args.constraint_price) if self.thresholds else welfare
+
+    # ---- weights of objectives, and of the mixture's components ----
+
+    def extend(self, model: MixturePolicyModel, reference: MixturePolicyModel | None) -> MixturePolicyModel:
+        """
+        The mixture that the fit is over: where the weights of the objectives need not sum to 1, one with the reference as
+        its last component, which takes the rest.
+        """
+        if self.welfare.on_simplex:
+            return model
+        extended = MixturePolicyModel.from_policies(
+            [model, reference],
+            weights=[1.0, 0.0],
+            reference=reference,
+            labels=[model.config.labels[0], "reference"],
+            vocab_size=model.config.vocab_size,
+            allow_off_simplex=True,
+        )
+        extended.generation_config = model.generation_config
+        extended._load_kwargs = model._load_kwargs
+        return extended
+
+    def mixture_weights(self, weights: torch.Tensor) -> torch.Tensor:
+        """Weights of the components, from those of the objectives, shape `(K,)`."""
+        return weights if self.welfare.on_simplex else torch.cat([weights, 1 - weights.sum(-1, keepdim=True)])
+
+    def objective_weights(self, mixture_weights: Sequence[float] | torch.Tensor) -> torch.Tensor:
+        """Weights of the objectives, shape `(K,)`, from those of the components."""
+        return torch.as_tensor(mixture_weights, dtype=torch.float64)[: self.num_objectives]
+
+    # ---- the dual objective of completions ----
+
+    def table(
+        self,
+        prompt: torch.Tensor,
+        proposal_logps: torch.Tensor,
+        policy_logps: torch.Tensor | None = None,
+        reference_logps: torch.Tensor | None = None,
+        rewards: torch.Tensor | None = None,
+        sets_scale: bool = True,
+    ) -> DualTable:
+        r"""
+        The table that the weights of the objectives minimise.
+
+        Args:
+            prompt (`torch.LongTensor` of shape `(N,)`): which prompt every row belongs to.
+            proposal_logps (`torch.Tensor` of shape `(N,)`): \\(\log q(y_j)\\) of all proposals together.
+            policy_logps (`torch.Tensor` of shape `(N, K)`, *optional*): needed for the implicit objective.
+            reference_logps (`torch.Tensor` of shape `(N,)`, *optional*): needed for rewards.
+            rewards (`torch.Tensor` of shape `(N, K)`, *optional*): needed for rewards.
+            sets_scale (`bool`, *optional*, defaults to `True`):
+                Whether z-scores are relative to this table, or to the last one that set the scale.
+        """
+        if self.args.objective == "implicit":
+            return implicit_table(prompt, policy_logps[:, : self.num_objectives], proposal_logps)
+        log_ratios = reference_logps - proposal_logps
+        if sets_scale and self.args.normalize_rewards == "z_score":
+            self._scale.moments = reference_moments(rewards, prompt, log_ratios)
+        gains = self._scale(rewards, prompt, log_ratios)
+        return reward_table(prompt, gains / self.args.beta, reference_logps, proposal_logps, normalize=False)
