@@ -75,6 +75,45 @@ def check_mixture_weights(
     return checked / sums
 
 
+def prune_mixture_weights(weights: Sequence[float] | torch.Tensor, below: float) -> torch.Tensor:
+    r"""
+    Sets small mixture weights to zero, and divides the others by what is left of their sum.
+
+    A component of weight zero does not run, so that a mixture with few weights that matter costs as much as these. Next to
+    the mixture π of all components, the pruned one \(\pi'\) loses little: at every token
+    \(\mathrm{KL}(\pi' \| \pi) \le \sum_k \lambda_k \mathrm{KL}(\pi' \| \pi_k)\), summed over the components that were pruned.
+
+    Args:
+        weights (`Sequence[float]` or `torch.Tensor`):
+            Weights on the simplex of shape `(K,)`, or `(batch_size, K)`, of which every row is pruned by itself.
+        below (`float`):
+            What is below this is pruned; from 0 to 1/K, so that the largest always stays.
+
+    Returns:
+        `torch.Tensor`: the weights in float64, on the CPU.
+
+    Raises:
+        `ValueError`: for weights off the simplex, and when `below` is negative or more than 1/K.
+
+    Example:
+
+    ```python
+    >>> from mpo_hf.configuration_mixture import prune_mixture_weights
+
+    >>> prune_mixture_weights([0.6, 0.39, 0.01], below=0.02)
+    tensor([0.6061, 0.3939, 0.0000], dtype=torch.float64)
+    ```
+    """
+    count = torch.as_tensor(weights).shape[-1]
+    checked = check_mixture_weights(weights, count, allow_off_simplex=True)
+    if (checked < 0).any() or ((checked.sum(-1) - 1).abs() > WEIGHT_SUM_TOLERANCE).any():
+        raise ValueError(f"Weights are pruned on the simplex (>= 0, with sum 1) only, got {checked.tolist()}.")
+    if not isinstance(below, int | float) or not 0 <= below <= 1 / count:
+        raise ValueError(f"`prune_below` must be from 0 to 1/{count} for {count} components, got {below!r}.")
+    kept = checked.masked_fill(checked < checked.amax(-1, keepdim=True).clamp(max=below), 0)
+    return kept / kept.sum(-1, keepdim=True)
+
+
 @dataclass
 class MixtureComponent:
     """

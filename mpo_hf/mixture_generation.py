@@ -6,7 +6,7 @@ from typing import Any
 from transformers import GenerationConfig, GenerationMixin, UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.generation import GenerationMode
 
-from .configuration_mixture import check_mixture_weights
+from .configuration_mixture import check_mixture_weights, prune_mixture_weights
 from .mixture_cache import check_cache, check_room
 
 
@@ -42,6 +42,11 @@ class MixtureGenerationMixin(GenerationMixin):
         weights = generation_config.__dict__.pop("mixture_weights", None)
         if weights is not None:
             model_kwargs["mixture_weights"] = weights
+        prune_below = generation_config.__dict__.pop("prune_below", None)
+        if below := model_kwargs.pop("prune_below", prune_below):
+            weights = model_kwargs.get("mixture_weights")
+            weights = self.config.mixture_weights if weights is None else weights
+            model_kwargs["mixture_weights"] = prune_mixture_weights(weights, below)
         for name, reason in REFUSED_OPTIONS.items():
             if value := getattr(generation_config, name, None):
                 raise ValueError(f"`{name}={value!r}` is not available for a mixture: {reason}.")
