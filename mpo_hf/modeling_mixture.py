@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -111,6 +111,8 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
         # whether adapters over one base run side by side where they can
         self.stack_adapters = True
         self._stacks: dict[int, AdapterStacks] = {}
+        # given the components that run and their logits one after another, passes these on
+        self.component_hook: Callable[[Sequence[int], Iterator[torch.Tensor]], Iterator[torch.Tensor]] | None = None
         self.pooled_head = PooledHead(self)
         self._fits_weights_only = False
         self.post_init()
@@ -297,6 +299,8 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
         }
         extras: dict[str, list] = {"hidden_states": [], "attentions": []}
         component_logits = self._component_logits(active, inputs, views, extras)
+        if self.component_hook is not None:
+            component_logits = self.component_hook(active, component_logits)
         if config.plausibility:
             component_logits = rule_out_implausible(component_logits, config.plausibility)
         logits = log_linear_pool(component_logits, weights[..., list(active)])

@@ -1,6 +1,6 @@
 """Sampling completions from a policy, and their log-probabilities under every policy of a mixture."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerB
 from trl import is_conversational
 
 from .modeling_mixture import MixturePolicyModel
-from .pooling import log_linear_pool
+from .scoring import CompletionScorer, read_prompts, sum_over_tokens, token_logps
 
 
 @dataclass
@@ -28,6 +28,9 @@ class Completions:
         proposal_logps (`torch.Tensor` of shape `(N,)`):
             Log-probability of whole completions under the distribution that they were drawn from. The difference of the
             two is the exact log importance weight from token-level sampling to the sequence-level mixture.
+        policy_logps (`torch.Tensor` of shape `(N, K)`, *optional*):
+            \\(\log \pi_k(y)\\) of whole completions under every component of the mixture that drew them, where decoding
+            has run them all.
     """
 
     prompt_ids: torch.Tensor
@@ -36,6 +39,7 @@ class Completions:
     completion_mask: torch.Tensor
     pooled_logps: torch.Tensor
     proposal_logps: torch.Tensor
+    policy_logps: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.completion_ids)
@@ -43,12 +47,6 @@ class Completions:
     def id_lists(self) -> list[list[int]]:
         """Token ids of every completion, without padding."""
         return [ids[mask].tolist() for ids, mask in zip(self.completion_ids, self.completion_mask.bool())]
-
-    def chunks(self, size: int) -> "Iterator[Completions]":
-        """The same completions, at most `size` rows at a time."""
-        for start in range(0, len(self), size):
-            rows = slice(start, start + size)
-            yield Completions(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 
 def tokenize_prompts(
@@ -137,26 +135,46 @@ class _LogpsRecorder(LogitsProcessor):
     def __init__(self, temperature: float):
         self.temperature = temperature
         self._scores: torch.Tensor | None = None
+        # logits of components: those of the step that comes, and those that the next token is drawn from
+        self._seen: dict[int, torch.Tensor] = {}
+        self._components: dict[int, torch.Tensor] = {}
         self._pooled: list[torch.Tensor] = []
         self._proposal: list[torch.Tensor] = []
+        self._by_component: list[dict[int, torch.Tensor]] = []
+
+    def watch(self, active: Sequence[int], logits: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Passes on the logits of components, as the hook of a mixture."""
+        for k, component_logits in zip(active, logits):
+            self._seen[k] = component_logits[:, -1]
+            yield component_logits
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         self._take(input_ids[:, -1])
         self._scores = scores
+        self._components, self._seen = self._seen, {}
         return scores
 
     def _take(self, tokens: torch.LongTensor) -> None:
         if self._scores is None:
             return
-        chosen = self._scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        self._pooled.append(chosen)
-        self._proposal.append(chosen / self.temperature - torch.logsumexp(self._scores / self.temperature, dim=-1))
+        # rows that have ended go on with padding, which may be an id that no policy knows
+        tokens = tokens.clamp(max=self._scores.shape[-1] - 1)
+        self._pooled.append(self._scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1))
+        self._proposal.append(token_logps([self._scores / self.temperature], tokens))
+        self._by_component.append({k: token_logps([logits], tokens) for k, logits in self._components.items()})
 
-    def finish(self, sequences: torch.LongTensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums over the tokens of every completion; `mask` of shape `(N, completion_length)`."""
+    def finish(self, sequences: torch.LongTensor, mask: torch.Tensor, count: int) -> dict[str, torch.Tensor]:
+        """Sums over the tokens of every completion of a mixture of `count`; `mask` of shape `(N, completion_length)`."""
         self._take(sequences[:, -1])
-        sums = [(torch.stack(logps, -1).double() * mask).sum(-1) for logps in (self._pooled, self._proposal)]
-        return sums[0].cpu(), sums[1].cpu()
+        sums = {"pooled_logps": _sum(self._pooled, mask), "proposal_logps": _sum(self._proposal, mask)}
+        if all(len(step) == count for step in self._by_component):
+            by_component = [_sum([step[k] for step in self._by_component], mask) for k in range(count)]
+            sums["policy_logps"] = torch.stack(by_component, dim=-1)
+        return sums
+
+
+def _sum(steps: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+    return sum_over_tokens(torch.stack([logps.to(mask.device) for logps in steps], dim=-1), mask)
 
 
 @contextmanager
@@ -168,6 +186,16 @@ def _generation_config(model: MixturePolicyModel, config: GenerationConfig) -> I
         yield
     finally:
         model.generation_config = own
+
+
+@contextmanager
+def _component_hook(model: MixturePolicyModel, hook: Callable) -> Iterator[None]:
+    """Lets a hook see the logits of a mixture's components."""
+    model.component_hook = hook if len(model.policies) > 1 else None
+    try:
+        yield
+    finally:
+        model.component_hook = None
 
 
 @torch.no_grad()
@@ -193,36 +221,37 @@ def sample_completions(
         pad_token_id (`int`): token id to pad with.
         eos_token_id (`int` or `Sequence[int]`, *optional*): token ids that end a completion.
         temperature (`float`, *optional*, defaults to 1.0): sampling temperature.
-        mixture_weights (`torch.Tensor` of shape `(K,)`, *optional*): weights instead of the policy's own.
+        mixture_weights (`torch.Tensor` of shape `(K,)` or `(P, K)`, *optional*):
+            Weights instead of the policy's own, for all prompts or for each.
 
     Returns:
         [`Completions`] of N = P * m rows.
     """
-    padded, mask = pad_ids(prompt_ids, pad_token_id, left=True)
-    longest = padded.shape[1]
-    padded, mask = padded.to(policy.device), mask.to(policy.device)
+    padded, mask = (tensor.to(policy.device) for tensor in pad_ids(prompt_ids, pad_token_id, left=True))
     config = GenerationConfig(
         do_sample=True,
         temperature=temperature,
         top_k=0,
         max_new_tokens=max_completion_length,
-        num_return_sequences=num_generations,
         pad_token_id=pad_token_id,
         eos_token_id=eos_token_id,
     )
     kwargs = {} if mixture_weights is None else {"mixture_weights": mixture_weights}
+    if num_generations > 1:
+        cache = read_prompts(policy, padded, mask, **kwargs)
+        if cache is not None:
+            cache.batch_repeat_interleave(num_generations)
+            kwargs["past_key_values"] = cache
+        padded, mask = (tensor.repeat_interleave(num_generations, 0) for tensor in (padded, mask))
+        if mixture_weights is not None and mixture_weights.ndim == 2:
+            kwargs["mixture_weights"] = mixture_weights.repeat_interleave(num_generations, 0)
     recorder = _LogpsRecorder(temperature)
-    with _generation_config(policy, config):
+    with _generation_config(policy, config), _component_hook(policy, recorder.watch):
         sequences = policy.generate(padded, attention_mask=mask, logits_processor=[recorder], **kwargs)
-    completion_ids = sequences[:, longest:]
+    completion_ids = sequences[:, padded.shape[1] :]
     completion_mask = _mask_after_end(completion_ids, eos_token_id)
-    return Completions(
-        padded.repeat_interleave(num_generations, 0),
-        mask.repeat_interleave(num_generations, 0),
-        completion_ids,
-        completion_mask,
-        *recorder.finish(sequences, completion_mask),
-    )
+    logps = recorder.finish(sequences, completion_mask, len(policy.policies))
+    return Completions(padded, mask, completion_ids, completion_mask, **logps)
 
 
 def _mask_after_end(completion_ids: torch.Tensor, eos_token_id: int | Sequence[int] | None) -> torch.Tensor:
@@ -232,7 +261,6 @@ def _mask_after_end(completion_ids: torch.Tensor, eos_token_id: int | Sequence[i
     return (ends.cumsum(-1) - ends == 0).long()
 
 
-@torch.no_grad()
 def completion_logps(
     policies: Sequence[MixturePolicyModel], completions: Completions, batch_size: int = 8
 ) -> torch.Tensor:
@@ -247,15 +275,9 @@ def completion_logps(
     Returns:
         `torch.Tensor`: \\(\log \pi_k(y)\\) of shape `(N, K)`, float64, on the CPU.
     """
-    logps = []
-    for chunk in completions.chunks(batch_size):
-        mask = chunk.completion_mask.double().cpu()
-        token_logps = (_token_logps(_completion_logits(policy, chunk), chunk.completion_ids) for policy in policies)
-        logps.append(torch.stack([(logps * mask).sum(-1) for logps in token_logps], dim=-1))
-    return torch.cat(logps)
+    return CompletionScorer(policies).logps(completions, batch_size)
 
 
-@torch.no_grad()
 def mixture_logps(
     policies: Sequence[MixturePolicyModel],
     completions: Completions,
@@ -278,31 +300,4 @@ def mixture_logps(
         `tuple[torch.Tensor, torch.Tensor]`: \\(\log \pi_k(y)\\) of shape `(N, K)`, and the log-probability of y when
         it is drawn from each mixture, of shape `(N, S)`; float64, on the CPU.
     """
-    weights = torch.tensor(mixtures, dtype=torch.float64).reshape(-1, len(policies))
-    policy_logps, pooled_logps = [], []
-    for chunk in completions.chunks(batch_size):
-        mask = chunk.completion_mask.double().cpu()
-        ids = chunk.completion_ids
-        logits = [_completion_logits(policy, chunk) for policy in policies]
-        pooled = (log_linear_pool(logits, row) / temperature for row in weights)
-        for found, rows in ((policy_logps, logits), (pooled_logps, pooled)):
-            sums = [(_token_logps(row, ids) * mask).sum(-1) for row in rows]
-            found.append(torch.stack(sums, dim=-1) if sums else mask.new_zeros(len(ids), 0))
-    return torch.cat(policy_logps), torch.cat(pooled_logps)
-
-
-def _completion_logits(policy: MixturePolicyModel, chunk: Completions) -> torch.Tensor:
-    """Logits that predict each token of the completions, shape `(rows, completion_length, vocab_size)`."""
-    length = chunk.completion_ids.shape[1]
-    logits = policy(
-        input_ids=torch.cat([chunk.prompt_ids, chunk.completion_ids], dim=1),
-        attention_mask=torch.cat([chunk.prompt_mask, chunk.completion_mask], dim=1),
-        use_cache=False,
-        logits_to_keep=length + 1,
-    ).logits
-    return logits[:, -length - 1 : -1]
-
-
-def _token_logps(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    ids = ids.to(logits.device).unsqueeze(-1)
-    return (logits.gather(-1, ids).squeeze(-1) - torch.logsumexp(logits, dim=-1)).double().cpu()
+    return CompletionScorer(policies).mixture_logps(completions, mixtures, temperature, batch_size)

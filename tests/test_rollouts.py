@@ -2,10 +2,19 @@ import itertools
 
 import pytest
 import torch
+from helpers import BOS, EOS, PAD, SIZES, VOCAB, load_lora, save_lora, save_tiny, tiny
 from toy import LENGTH, PROMPTS, VOCAB_SIZE, enumerate_completions, sequence_logps, toy_policy, toy_tokenizer
+from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
-from mpo_hf import MixturePolicyModel
-from mpo_hf.rollouts import completion_logps, sample_completions, tokenize_prompts
+from mpo_hf import MixturePolicyModel, scoring
+from mpo_hf.rollouts import (
+    completion_logps,
+    mixture_logps,
+    pad_completions,
+    pad_ids,
+    sample_completions,
+    tokenize_prompts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +115,190 @@ def test_the_free_weight_takes_token_level_to_sequence_level(policies):
     log_w = enumeration.policies[0] @ weights - token_level
     assert (log_w <= 1e-9).all()
     assert torch.logsumexp(token_level + log_w, 0).item() == pytest.approx(enumeration.dual(weights), abs=1e-5)
+
+
+# ---- scoring, against one forward pass of each completion without padding ----
+
+SOME_PROMPTS = [[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30], [BOS, 6, 6, 19, 27]]
+SOME_COMPLETIONS = [
+    [[4, 9, EOS], [21, 21, 5, 17, 28, 3], [EOS]],
+    [[13, EOS], [5, 8, 9, 10, 11, 12, EOS], [30, 30, 4]],
+    [[24, 3, 7, EOS], [6], [9, 9, 9, 9, EOS]],
+]
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def some_completions(prompts=SOME_PROMPTS, answers=SOME_COMPLETIONS, order=slice(None)):
+    pairs = [(prompt, answer) for prompt, own in zip(prompts, answers) for answer in own]
+    pairs = pairs[order]
+    return pad_completions([p for p, _ in pairs], [a for _, a in pairs], PAD, "cpu"), pairs
+
+
+def alone(models, pairs, weights=None, temperature=1.0):
+    """Log-probabilities under Transformers' own models, a row and a model at a time; pooled if there are weights."""
+    found = []
+    with torch.no_grad():
+        for prompt, answer in pairs:
+            ids, targets = torch.tensor([prompt + answer]), torch.tensor(answer)[:, None]
+            steps = [m(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1) for m in models]
+            if weights is not None:
+                steps = [(sum(w * s for w, s in zip(weights, steps)) / temperature).log_softmax(-1)]
+            found.append([step.gather(-1, targets).sum().item() for step in steps])
+    return torch.tensor(found, dtype=torch.float64)
+
+
+class WithoutLastIds(torch.nn.Module):
+    """A model over fewer token ids than it has."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        output = self.model(ids)
+        output.logits = output.logits[..., :VOCAB]
+        return output
+
+
+def count_tokens(mixture, monkeypatch):
+    """The shapes of the inputs that the embeddings of a mixture's first model are given from now on."""
+    shapes, embeddings = [], mixture.get_input_embeddings()
+    plain = embeddings.forward
+    monkeypatch.setattr(embeddings, "forward", lambda ids: (shapes.append(tuple(ids.shape)), plain(ids))[1])
+    return shapes
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Two adapters over a base and the base itself as policies that share it, and each as PEFT runs it alone."""
+    folder = tmp_path_factory.mktemp("adapters")
+    base = save_tiny(folder / "base", "llama", 20)
+    loras = [save_lora(folder / f"adapter_{i}", base, 30 + i, r=2 + i) for i in range(2)]
+    mixture = MixturePolicyModel.from_policies(loras)
+    views = [mixture.policy(0), mixture.policy(1), mixture.reference_policy]
+    plain = AutoModelForCausalLM.from_pretrained(base).eval()
+    return views, [*(load_lora(lora, base) for lora in loras), plain], mixture
+
+
+def lfm2(seed):
+    """A model with states that are no keys and values, so that completions cannot go on from their prompt's."""
+    torch.manual_seed(seed)
+    layers = {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3}
+    return Lfm2ForCausalLM(Lfm2Config(**{**SIZES, "num_hidden_layers": 2}, **layers)).eval()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral", "gemma3", "lfm2"])
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_scores_are_those_of_each_completion_alone(architecture, batch_size):
+    """Windows are shorter than the prompts; completions of one prompt are not adjacent."""
+    models = [lfm2(seed) if architecture == "lfm2" else tiny(architecture, seed) for seed in range(2)]
+    mixture = MixturePolicyModel.from_policies(models, [0.3, 0.7])
+    completions, pairs = some_completions(order=slice(None, None, -2))
+    expected = alone(models, pairs)
+    views = [mixture.policy(0), mixture.policy(1)]
+    torch.testing.assert_close(completion_logps(views, completions, batch_size), expected, **CLOSE)
+    found, pooled = mixture_logps(views, completions, [(0.3, 0.7), (1.0, 0.0)], 0.8, batch_size)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    for column, weights in zip(pooled.T, [(0.3, 0.7), (1.0, 0.0)]):
+        torch.testing.assert_close(column, alone(models, pairs, weights, 0.8)[:, 0], **CLOSE)
+
+
+def test_adapters_are_scored_side_by_side(adapters, monkeypatch):
+    views, models, mixture = adapters
+    passes = count_tokens(mixture, monkeypatch)
+    completions, pairs = some_completions()
+    found = completion_logps(views, completions, batch_size=4)
+    # three rows of 6 tokens before the last one of a prompt; then the 9 completions, in batches of 4, 4 and 1; three times
+    # the rows as there are three policies. What comes first is the trial run of a stack
+    assert passes[1:] == [(9, 6), (12, 7), (12, 3), (3, 1)]
+    torch.testing.assert_close(found, alone(models, pairs), **CLOSE)
+
+
+def test_a_mixture_among_the_policies_is_scored_as_one(adapters):
+    views, models, mixture = adapters
+    completions, pairs = some_completions()
+    found = completion_logps([views[2], mixture, views[0]], completions)
+    expected = torch.cat(
+        [alone(models[2:], pairs), alone(models[:2], pairs, [0.5, 0.5]), alone(models[:1], pairs)], -1
+    )
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_prompts_of_one_token_and_empty_completions_are_scored(adapters):
+    views, models, _ = adapters
+    completions, pairs = some_completions([[BOS]], [[[5, 7], [9]]])
+    torch.testing.assert_close(completion_logps(views, completions), alone(models, pairs), **CLOSE)
+    completions = pad_completions([[BOS, 7]], [[]], PAD, "cpu")
+    assert completion_logps(views, completions).tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_padding_may_be_an_id_beyond_the_vocabulary():
+    _, pairs = some_completions()
+    completions = pad_completions([p for p, _ in pairs], [a for _, a in pairs], VOCAB + 5, "cpu")
+    mixture = MixturePolicyModel.from_policies(
+        [tiny("llama", 1), tiny("llama", 2, vocab_size=VOCAB + 8)], vocab_size=VOCAB
+    )
+    found = completion_logps([mixture.policy(0), mixture.policy(1)], completions)
+    torch.testing.assert_close(found, alone([WithoutLastIds(model) for model in mixture.backbones], pairs), **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_log_probabilities_some_positions_at_a_time(dtype, monkeypatch):
+    logits = [3 * torch.randn(2, 5, VOCAB, generator=torch.Generator().manual_seed(k)).to(dtype) for k in range(2)]
+    logits[0][..., 3] = -torch.inf
+    ids = torch.arange(10).view(2, 5) % 3
+    monkeypatch.setattr(scoring, "LOGITS_AT_A_TIME", 3 * VOCAB + 1)
+    steps = [component.double().log_softmax(-1) for component in logits]
+    pooled = ((0.4 * steps[0] + 0.6 * steps[1]) / 0.7).log_softmax(-1)
+    for found, step in (
+        (scoring.token_logps(logits[1:], ids), steps[1]),
+        (scoring.token_logps(logits, ids, [0.4, 0.6], 0.7), pooled),
+    ):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), step.gather(-1, ids[..., None])[..., 0], **CLOSE)
+
+
+# ---- sampling: prompts are read once, and every component's log-probabilities are known ----
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "lfm2"])
+def test_samples_are_those_of_plain_generation(architecture, monkeypatch):
+    models = [lfm2(seed) if architecture == "lfm2" else tiny(architecture, seed) for seed in range(2)]
+    mixture = MixturePolicyModel.from_policies(models, [0.3, 0.7])
+    padded, mask = pad_ids(SOME_PROMPTS, PAD, left=True)
+    torch.manual_seed(0)
+    expected = mixture.generate(
+        padded,
+        attention_mask=mask,
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=6,
+        num_return_sequences=4,
+        pad_token_id=PAD,
+    )
+    passes = count_tokens(mixture, monkeypatch)
+    torch.manual_seed(0)
+    completions = sample_completions(mixture, SOME_PROMPTS, 4, 6, pad_token_id=PAD, eos_token_id=EOS)
+    assert torch.equal(completions.completion_ids, expected[:, 7:])
+    assert passes[0] == ((12, 7) if architecture == "lfm2" else (3, 6))
+
+
+def test_sampling_tells_the_log_probabilities_of_every_component(adapters):
+    views, models, mixture = adapters
+    torch.manual_seed(0)
+    completions = sample_completions(mixture, SOME_PROMPTS, 4, 6, PAD, eos_token_id=[EOS, 5, 9], temperature=0.7)
+    assert completions.completion_mask.sum(-1).min() < 6
+    pairs = [(SOME_PROMPTS[row // 4], ids) for row, ids in enumerate(completions.id_lists())]
+    torch.testing.assert_close(completions.policy_logps, alone(models[:2], pairs), **CLOSE)
+    assert mixture.component_hook is None
+    some = sample_completions(mixture, SOME_PROMPTS, 4, 6, PAD, mixture_weights=torch.tensor([1.0, 0.0]))
+    assert some.policy_logps is None  # the second did not run
+
+
+def test_weights_by_prompt_are_those_of_all_its_completions(adapters):
+    views, models, mixture = adapters
+    weights = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
+    completions = sample_completions(mixture, SOME_PROMPTS, 2, 4, PAD, mixture_weights=weights)
+    for row, ids in enumerate(completions.id_lists()):
+        expected = alone(models[:2], [(SOME_PROMPTS[row // 2], ids)], weights[row // 2].tolist())
+        assert completions.proposal_logps[row].item() == pytest.approx(expected.item(), abs=1e-5)

@@ -1,0 +1,248 @@
+"""
+Log-probabilities of completions under several policies.
+
+A prompt is read once for all of its completions, which go on from its keys and values. Completions of about the same
+length share a forward pass, and adapters over one base run side by side where those of a mixture would.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+
+from .component_loading import PolicyHandle
+from .configuration_mixture import MixturePolicyConfig
+from .mixture_cache import component_views
+from .modeling_mixture import MixturePolicyModel
+from .pooling import log_linear_pool
+from .stacked_cache import can_stack
+
+
+if TYPE_CHECKING:
+    from .rollouts import Completions
+
+# Logits that are normalised at a time: what that takes in memory does not grow with completions and vocabulary.
+LOGITS_AT_A_TIME = 2**21
+
+
+class CompletionScorer:
+    """
+    Log-probabilities of whole completions under several policies. What adapters side by side need is made once.
+
+    Args:
+        policies (`Sequence[MixturePolicyModel]`): K policies, such as [`MixturePolicyModel.policy`] returns.
+    """
+
+    def __init__(self, policies: Sequence[MixturePolicyModel]):
+        groups: dict[Any, list[int]] = {}
+        for k, policy in enumerate(policies):
+            groups.setdefault(_shared_model(policy) or k, []).append(k)
+        self._count = len(policies)
+        self._groups = [
+            (members, _as_one([policies[k] for k in members]), isinstance(key, tuple))
+            for key, members in groups.items()
+        ]
+
+    def logps(self, completions: "Completions", batch_size: int = 8) -> torch.Tensor:
+        """See [`~rollouts.completion_logps`]."""
+        return self.mixture_logps(completions, [], batch_size=batch_size)[0]
+
+    @torch.no_grad()
+    def mixture_logps(
+        self,
+        completions: "Completions",
+        mixtures: Sequence[Sequence[float]],
+        temperature: float = 1.0,
+        batch_size: int = 8,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See [`~rollouts.mixture_logps`]."""
+        policy_logps = torch.zeros(len(completions), self._count, dtype=torch.float64)
+        pooled_logps = torch.zeros(len(completions), len(mixtures), dtype=torch.float64)
+        for prompts in _prompt_batches(completions, batch_size):
+            caches = [read_prompts(model, prompts.ids, prompts.mask) for _, model, _ in self._groups]
+            for batch in prompts.completions(completions, batch_size):
+                held: dict[int, torch.Tensor] = {}
+                for (members, model, by_component), cache in zip(self._groups, caches):
+                    for k, logits in zip(members, _logits(model, by_component, batch, cache)):
+                        policy_logps[batch.rows, k] = batch.logps([logits])
+                        if mixtures:
+                            held[k] = logits
+                for s, weights in enumerate(mixtures):
+                    logits = [held[k] for k in range(self._count)]
+                    pooled_logps[batch.rows, s] = batch.logps(logits, weights, temperature)
+        return policy_logps, pooled_logps
+
+
+def read_prompts(
+    policy: MixturePolicyModel, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, **kwargs
+) -> DynamicCache | None:
+    """
+    Keys and values of prompts without their last token, for their completions to go on from.
+
+    Args:
+        policy ([`MixturePolicyModel`]): the policy.
+        prompt_ids (`torch.LongTensor` of shape `(P, prompt_length)`): prompts, padded on the left.
+        prompt_mask (`torch.LongTensor` of shape `(P, prompt_length)`): 0 for padding.
+        kwargs: further arguments for the policy, such as `mixture_weights`.
+
+    Returns:
+        [`~transformers.DynamicCache`], or `None` where there is nothing to keep, or it cannot be repeated by row.
+    """
+    cache = DynamicCache(config=policy.config)
+    if prompt_ids.shape[1] < 2 or not can_stack([cache]):
+        return None
+    policy(prompt_ids[:, :-1], prompt_mask[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1, **kwargs)
+    return cache
+
+
+def token_logps(
+    logits: Sequence[torch.Tensor],
+    ids: torch.Tensor,
+    weights: Sequence[float] | None = None,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    r"""
+    Log-probabilities of tokens under one policy, or under a mixture of several.
+
+    Args:
+        logits (`Sequence[torch.Tensor]`): K tensors of shape `(..., vocab_size)`, one without `weights`.
+        ids (`torch.LongTensor` of shape `(...)`): the tokens.
+        weights (`Sequence[float]`, *optional*): mixture weights.
+        temperature (`float`, *optional*, defaults to 1.0): temperature of the mixture.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`, in float32 (float64 for float64 logits).
+    """
+    vocab_size = logits[0].shape[-1]
+    flat_ids = ids.to(logits[0].device).reshape(-1, 1)
+    flat = [component.reshape(-1, vocab_size) for component in logits]
+    found = []
+    for ids_part, *parts in zip(*(t.split(max(1, LOGITS_AT_A_TIME // vocab_size)) for t in (flat_ids, *flat))):
+        if weights is None:
+            scores = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32))
+        else:
+            scores = log_linear_pool(parts, weights) / temperature
+        found.append(scores.gather(-1, ids_part).squeeze(-1) - torch.logsumexp(scores, dim=-1))
+    return torch.cat(found).view(ids.shape)
+
+
+def sum_over_tokens(logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of completions from those of their tokens: float64, on the CPU."""
+    return torch.where(mask.bool(), logps.double(), 0).sum(-1).cpu()
+
+
+# ---- batches ----
+
+
+@dataclass
+class _Prompts:
+    """Some prompts, padded on the left, and the rows of each one's completions."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    rows: list[list[int]]
+
+    def completions(self, completions: "Completions", size: int) -> "Iterator[_Batch]":
+        """Their completions, at most so many at a time, the longest first."""
+        lengths = completions.completion_mask.sum(-1).tolist()
+        pairs = [(row, prompt) for prompt, rows in enumerate(self.rows) for row in rows]
+        pairs.sort(key=lambda pair: -lengths[pair[0]])
+        for start in range(0, len(pairs), size):
+            rows, prompts = map(list, zip(*pairs[start : start + size]))
+            columns = slice(0, max(1, lengths[rows[0]]))
+            ids, mask = _known(completions.completion_ids[rows, columns], completions.completion_mask[rows, columns])
+            yield _Batch(
+                rows=rows,
+                prompts=prompts,
+                inputs=torch.cat([self.ids[prompts], ids[:, :-1]], dim=1),
+                mask=torch.cat([self.mask[prompts], mask[:, :-1]], dim=1),
+                completion_ids=ids,
+                completion_mask=mask,
+            )
+
+
+@dataclass
+class _Batch:
+    """What predicts the completions of one forward pass, their rows among all, and which prompts they belong to."""
+
+    rows: list[int]
+    prompts: list[int]
+    inputs: torch.Tensor
+    mask: torch.Tensor
+    completion_ids: torch.Tensor
+    completion_mask: torch.Tensor
+
+    def logps(self, logits: Sequence[torch.Tensor], *mixture) -> torch.Tensor:
+        """Log-probabilities of whole completions; see [`token_logps`]."""
+        logps = token_logps(logits, self.completion_ids, *mixture)
+        return sum_over_tokens(logps, self.completion_mask.to(logps.device))
+
+
+def _prompt_batches(completions: "Completions", size: int) -> Iterator[_Prompts]:
+    """Different prompts, at most so many at a time, the longest first."""
+    rows_of: dict[tuple[int, ...], list[int]] = {}
+    for row, (ids, mask) in enumerate(zip(completions.prompt_ids.cpu(), completions.prompt_mask.bool().cpu())):
+        rows_of.setdefault(tuple(ids[mask].tolist()), []).append(row)
+    prompts = sorted(rows_of, key=len, reverse=True)
+    for start in range(0, len(prompts), size):
+        batch = prompts[start : start + size]
+        first, columns = [rows_of[prompt][0] for prompt in batch], slice(-max(1, len(batch[0])), None)
+        ids, mask = _known(completions.prompt_ids[first, columns], completions.prompt_mask[first, columns])
+        yield _Prompts(ids, mask, [rows_of[prompt] for prompt in batch])
+
+
+def _known(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padding may be an id that some policy has no embedding for."""
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+# ---- policies ----
+
+
+def _shared_model(policy: MixturePolicyModel) -> tuple[int, int] | None:
+    """Equal for policies whose rows may run side by side; `None` for one that is more than one model's logits."""
+    config = policy.config
+    if config.mixture_weights != [1.0] or config.plausibility or hasattr(policy, "peft_config"):
+        return None
+    return id(policy.backbones[policy.policies[0].backbone]), config.vocab_size
+
+
+def _as_one(policies: Sequence[MixturePolicyModel]) -> MixturePolicyModel:
+    """Policies on one model as the components of a mixture."""
+    if len(policies) == 1:
+        return policies[0]
+    backbone = policies[0].backbones[policies[0].policies[0].backbone]
+    config = MixturePolicyConfig(
+        component_configs=[backbone.config] * len(policies), vocab_size=policies[0].config.vocab_size
+    )
+    handles = [PolicyHandle(0, policy.policies[0].adapter) for policy in policies]
+    return MixturePolicyModel(config, [backbone], handles).eval()
+
+
+def _logits(
+    model: MixturePolicyModel, by_component: bool, batch: _Batch, cache: DynamicCache | None
+) -> Iterator[torch.Tensor]:
+    """Logits of a batch's completions, shape `(rows, completion_length, vocab_size)`: of every component, or pooled."""
+    ids, keep = batch.inputs, batch.completion_ids.shape[1]
+    if cache is not None:
+        ids, cache = ids[:, cache.get_seq_length() :], _rows(cache, batch.prompts)
+    common = {"use_cache": cache is not None, "logits_to_keep": keep}
+    if not by_component:
+        yield model(ids, batch.mask, past_key_values=cache, **common).logits
+        return
+    inputs = model._inputs_for_all(ids, batch.mask, None) | common
+    components = range(len(model.policies))
+    counts = [decoder.num_hidden_layers for decoder in model.config.decoder_configs]
+    views = component_views(cache, components, counts) if cache is not None else {}
+    yield from model._component_logits(components, inputs, views, {})
+
+
+def _rows(cache: DynamicCache, rows: list[int]) -> DynamicCache:
+    """Some rows of a cache, as a cache of their own."""
+    part = copy.copy(cache)
+    part.layers = [copy.copy(layer) for layer in cache.layers]
+    part.batch_select_indices(torch.tensor(rows))
+    return part
