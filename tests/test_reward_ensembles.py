@@ -17,10 +17,10 @@ from test_rewards import (
     make_model,
     make_tokenizer,
 )
-from test_trainer import count_b, count_c, folders, make_trainer, mixture  # noqa: F401
+from test_trainer import count_b, count_c, folders, make_args, make_trainer, mixture  # noqa: F401
 from toy import LENGTH, toy_tokenizer
 
-from mpo_hf import RewardEnsemble, RewardModelSpec, select_completions
+from mpo_hf import MixturePolicyModel, MPOTrainer, RewardEnsemble, RewardModelSpec, select_completions
 from mpo_hf.reward_ensembles import aggregate_rewards
 from mpo_hf.rewards import ModelReward, RewardError, make_reward_functions
 
@@ -217,3 +217,30 @@ def test_completions_are_selected_by_one(mixture):  # noqa: F811
     pairs = zip(count_c(texts), count_c_and_d(texts))
     expected = [statistics.fmean(pair) - 0.5 * statistics.pvariance(pair) for pair in pairs]
     assert result.rewards[..., 0].flatten().tolist() == pytest.approx(expected)
+
+
+def test_another_aggregation_takes_no_generation(folders, mixture, tmp_path, monkeypatch):  # noqa: F811
+    """A fit to the completions of another one, with the rewards of now and not with those that came with them."""
+    members = [count_c, count_c_and_d]
+    kwargs = {"estimator": "mis", "max_steps": 4}
+    rewards = [RewardEnsemble(members, "mean"), count_b]
+    make_trainer(mixture, tmp_path / "run", rewards=rewards, **kwargs).train()
+    by_mean = mixture.mixture_weights.clone()
+    monkeypatch.setattr(MixturePolicyModel, "generate", None)
+
+    def refit(name, reward):
+        mixture.mixture_weights = [0.5, 0.5]
+        trainer = MPOTrainer(
+            model=mixture,
+            reward_funcs=[reward, count_b],
+            args=make_args(tmp_path / name, **kwargs),
+            processing_class=toy_tokenizer(),
+            rollouts=tmp_path / "run" / "_rollouts",
+        )
+        trainer.train()
+        return mixture.mixture_weights.clone()
+
+    worst = refit("worst", RewardEnsemble(members, "worst_case"))
+    torch.testing.assert_close(refit("mean", RewardEnsemble(members, "mean")), by_mean)
+    torch.testing.assert_close(refit("by_hand", count_c), worst)  # there are never fewer of two letters than of one
+    assert (worst - by_mean).abs().max() > 1e-3

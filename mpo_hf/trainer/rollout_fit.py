@@ -156,7 +156,7 @@ class RolloutFit:
             for found in (_density_rows(rows["id"], mixtures, pooled), self._densities_of_earlier(rows["prompt_key"])):
                 densities = {name: densities[name] + found[name] for name in densities}
         else:
-            rows |= self._complete(completions, known)
+            rows = self._complete(completions, known) | rows  # rewards that were measured anew count
         self._write(step, part, examples, completions, rows, densities)
         self._share(rows, densities)
 
