@@ -65,10 +65,11 @@ def fill(hub: Hub, root: Path) -> None:
         config = adapter / "adapter_config.json"
         config.write_text(config.read_text().replace(str(root / "sft"), "my-team/sft"))
         hub.upload(f"my-team/{name}-lora", adapter)
+    for seed, name in enumerate(["helpful-rm", "harmless-rm", "helpful-rm-2"], start=3):
         torch.manual_seed(seed)
-        LlamaForSequenceClassification(team_config(tokenizer, num_labels=1)).save_pretrained(root / f"{name}-rm")
-        tokenizer.save_pretrained(root / f"{name}-rm")
-        hub.upload(f"my-team/{name}-rm", root / f"{name}-rm")
+        LlamaForSequenceClassification(team_config(tokenizer, num_labels=1)).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+        hub.upload(f"my-team/{name}", root / name)
     (root / "prompts").mkdir()
     conversations = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     Dataset.from_dict({"prompt": conversations}).to_parquet(root / "prompts" / "train.parquet")
