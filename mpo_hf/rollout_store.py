@@ -1,17 +1,24 @@
 """Every sampled completion with everything that is known of it, in parquet shards that are written whole or not at all."""
 
+import itertools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet
-from datasets import Dataset, concatenate_datasets
+import torch
+from datasets import Dataset
 
 
 INFO = "rollouts.json"
+# rows that are read together, at the least
+ROW_GROUP = 1024
+# an id is a step, a part of it and a row of that
+STEP_BITS, PART_BITS, MAX_PART = 40, 24, 0xFFFF
 SHARD = re.compile(r"(?P<kind>rollouts|densities)-(?P<step>\d{8})-(?P<part>\d{4,})\.parquet")
 # what the columns of a dataset may not be called, because rollouts have columns of these names
 COLUMNS = (
@@ -68,12 +75,13 @@ class RolloutStore:
                 f"and is {self.info.get(key)!r} here. Choose another `output_dir`, or remove that folder."
             )
 
-    def shards(self, kind: str = "rollouts") -> list[Path]:
-        """The shards of a kind, in the order of steps and processes."""
+    def shards(self, kind: str = "rollouts", last_step: int | None = None) -> list[Path]:
+        """The shards of a kind, of all steps or up to a last one, in the order of steps and processes."""
         if not self.folder.is_dir():
             return []
-        names = sorted(name for name in os.listdir(self.folder) if (m := SHARD.fullmatch(name)) and m["kind"] == kind)
-        return [self.folder / name for name in names]
+        found = [m for name in os.listdir(self.folder) if (m := SHARD.fullmatch(name)) and m["kind"] == kind]
+        places = sorted((int(m["step"]), int(m["part"]), m.string) for m in found)
+        return [self.folder / name for step, _, name in places if last_step is None or step <= last_step]
 
     def path(self, kind: str, step: int, part: int) -> Path:
         """Where a shard is."""
@@ -93,31 +101,81 @@ class RolloutStore:
         if part == 0 and not (self.folder / INFO).is_file():
             write_whole(self.folder / INFO, lambda path: path.write_text(json.dumps(self.info, indent=2) + "\n"))
         table = Dataset.from_dict(dict(columns)).data.table
-        write_whole(self.path(kind, step, part), lambda path: pyarrow.parquet.write_table(table, path))
+        write_whole(
+            self.path(kind, step, part),
+            lambda path: pyarrow.parquet.write_table(table, path, row_group_size=ROW_GROUP),
+        )
 
     def discard_after(self, step: int) -> None:
         """Removes what was written after a step: a run that goes on from there will draw it again."""
+        kept = {*self.shards("densities", step), *self.shards(last_step=step)}
         for path in [*self.shards("densities"), *self.shards()]:
-            if int(SHARD.fullmatch(path.name)["step"]) > step:
+            if path not in kept:
                 path.unlink()
 
-    def read(
-        self, columns: Sequence[str], kind: str = "rollouts", paths: Sequence[Path] | None = None
-    ) -> dict[str, list]:
+    def tables(
+        self, columns: Sequence[str], kind: str = "rollouts", last_step: int | None = None
+    ) -> Iterator[pyarrow.Table]:
         """
-        Columns of all shards, or of those at `paths`.
+        Columns of one shard after another.
 
         Args:
             columns (`Sequence[str]`): which columns.
             kind (`str`, *optional*, defaults to `"rollouts"`): which shards.
-            paths (`Sequence[Path]`, *optional*): which of them.
+            last_step (`int`, *optional*): the last step whose shards are read.
+        """
+        for path in self.shards(kind, last_step):
+            with pyarrow.parquet.ParquetFile(path) as shard:
+                yield shard.read(columns=list(columns), use_threads=False)
+
+    def read(self, columns: Sequence[str], kind: str = "rollouts") -> dict[str, list]:
+        """
+        Columns of all shards, as lists.
+
+        Args:
+            columns (`Sequence[str]`): which columns.
+            kind (`str`, *optional*, defaults to `"rollouts"`): which shards.
         """
         found: dict[str, list] = {name: [] for name in columns}
-        for path in self.shards(kind) if paths is None else paths:
-            shard = pyarrow.parquet.read_table(path, columns=list(columns))
+        for shard in self.tables(columns, kind):
             for name in columns:
                 found[name].extend(shard.column(name).to_pylist())
         return found
+
+    def find(self, ids: Sequence[int], columns: Sequence[str]) -> dict[str, list]:
+        """
+        Columns of completions that were sampled here, from the shards and row groups that their ids say they are in.
+
+        Args:
+            ids (`Sequence[int]`): ids of completions; see [`~mpo_hf.rollout_store.first_id`].
+            columns (`Sequence[str]`): which columns.
+        """
+        found: dict[int, dict[str, Any]] = {}
+        for first, members in itertools.groupby(sorted(ids), lambda i: i >> PART_BITS << PART_BITS):
+            rows = [i - first for i in members]
+            path = self.path("rollouts", first >> STEP_BITS, first >> PART_BITS & MAX_PART)
+            with pyarrow.parquet.ParquetFile(path) as shard:
+                ends = _row_group_ends(shard)
+                groups = np.unique(np.searchsorted(ends, rows, side="right")).tolist()
+                table = shard.read_row_groups(groups, columns=["id", *columns], use_threads=False)
+            found |= {row["id"]: row for row in table.to_pylist()}
+        return {name: [found[i][name] for i in ids] for name in columns}
+
+
+def first_id(step: int, part: int) -> int:
+    """The id of the first completion of a shard; those after it count on."""
+    if part > MAX_PART:
+        raise ValueError(
+            f"A step can have {MAX_PART + 1} batches, of all processes together, this is number {part + 1}. Lower "
+            "`gradient_accumulation_steps`."
+        )
+    return step << STEP_BITS | part << PART_BITS
+
+
+def _row_group_ends(shard: pyarrow.parquet.ParquetFile) -> np.ndarray:
+    """The row after the last one of every row group."""
+    metadata = shard.metadata
+    return np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
 
 
 def write_whole(path: Path, write: Any) -> None:
@@ -132,12 +190,58 @@ def write_whole(path: Path, write: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
+class StoredCompletions(torch.utils.data.Dataset):
+    """
+    The completions of a store as a dataset, read as they are asked for: what is in memory is the row group of the last
+    one.
+
+    Args:
+        store ([`RolloutStore`]): the store.
+        objectives (`Sequence[str]`): the objectives whose numbers are picked from those of the store, in this order.
+    """
+
+    def __init__(self, store: RolloutStore, objectives: Sequence[str]):
+        self._pick = _pick(store.info["objectives"], objectives)
+        self._groups: list[tuple[Path, int]] = []
+        sizes = []
+        for path in store.shards():
+            with pyarrow.parquet.ParquetFile(path) as shard:
+                names = shard.schema_arrow.names
+                sizes.append(np.diff(_row_group_ends(shard), prepend=0))
+                self._groups += [(path, i) for i in range(len(sizes[-1]))]
+        self.column_names = [name for name in names if name not in ("step", "prompt_key")]
+        self._ends = np.cumsum(np.concatenate(sizes))
+        self._last: tuple[int, Dataset] | None = None
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        rows = []
+        for group, members in itertools.groupby(indices, lambda i: int(np.searchsorted(self._ends, i, side="right"))):
+            table, first = self._read(group), self._ends[group - 1] if group else 0
+            columns = table[[int(i - first) for i in members]]
+            rows += [self._pick(dict(zip(columns, values))) for values in zip(*columns.values())]
+        return rows
+
+    def _read(self, group: int) -> Dataset:
+        if self._last is None or self._last[0] != group:
+            path, index = self._groups[group]
+            with pyarrow.parquet.ParquetFile(path) as shard:
+                table = shard.read_row_group(index, columns=self.column_names, use_threads=False)
+            self._last = (group, Dataset(table))
+        return self._last[1]
+
+
 def given_rollouts(
     rollouts: str | os.PathLike | Dataset, objectives: Sequence[str]
-) -> tuple[Dataset, dict[str, list] | None]:
+) -> tuple[StoredCompletions | Dataset, RolloutStore | None]:
     """
-    Completions that are known already, as a dataset whose columns fit the objectives at hand, and the densities of a
-    store.
+    Completions that are known already, as a dataset whose columns fit the objectives at hand, and the store that they are
+    from.
 
     Args:
         rollouts (`str`, `os.PathLike` or `Dataset`):
@@ -149,26 +253,22 @@ def given_rollouts(
     Raises:
         `ValueError`: for a folder that is no store, and for a table that lacks what cannot be computed.
     """
-    densities = None
+    store = None
     if not isinstance(rollouts, Dataset):
         folder = Path(rollouts)
         if not (folder / INFO).is_file():
             raise ValueError(f"The folder {str(folder)!r} holds no rollouts: there is no {INFO} in it.")
-        info = json.loads((folder / INFO).read_text())
-        store = RolloutStore(folder, info)
+        store = RolloutStore(folder, json.loads((folder / INFO).read_text()))
         if not store.shards():
             raise ValueError(f"The folder {str(folder)!r} holds no completions yet.")
-        tables = [Dataset(pyarrow.parquet.read_table(path)) for path in store.shards()]
-        densities = store.read(("id", "proposal", "logps"), "densities")
-        rollouts = concatenate_datasets(tables).map(_pick(info["objectives"], objectives), keep_in_memory=True)
-    elif "id" in rollouts.column_names:
-        rollouts = rollouts.remove_columns("id")
+        rollouts = StoredCompletions(store, objectives)
     missing = [name for name in ("prompt", "completion") if name not in rollouts.column_names]
     if missing and not (missing == ["completion"] and "completion_ids" in rollouts.column_names):
         raise ValueError(f"Rollouts need the columns 'prompt' and 'completion', these have {rollouts.column_names}.")
-    if densities is None:
-        rollouts = rollouts.add_column("id", list(range(len(rollouts))))
-    return rollouts.remove_columns([n for n in ("step", "prompt_key") if n in rollouts.column_names]), densities
+    if store is None:
+        own = [name for name in ("id", "step", "prompt_key") if name in rollouts.column_names]
+        rollouts = rollouts.remove_columns(own).add_column("id", np.arange(len(rollouts)))
+    return rollouts, store
 
 
 def _pick(found: Sequence[str], wanted: Sequence[str]):
@@ -176,10 +276,9 @@ def _pick(found: Sequence[str], wanted: Sequence[str]):
     at = [found.index(name) if name in found else None for name in wanted]
 
     def pick(row: dict[str, Any]) -> dict[str, Any]:
-        picked = {}
         for name in ("policy_logps", "rewards"):
             values = row[name]
-            picked[name] = None if values is None or None in at else [values[k] for k in at]
-        return picked
+            row[name] = None if values is None or None in at else [values[k] for k in at]
+        return row
 
     return pick

@@ -110,7 +110,7 @@ def test_proposals_that_drew_for_one_prompt_are_weighed_together(trainer, folder
     run = trainer(proposal="mixture", refresh_below=1.0, max_steps=4, per_device_train_batch_size=16)
     run.train()
     numbers = run.rollouts.numbers
-    proposals = list(dict.fromkeys(numbers.proposals))
+    proposals = list(numbers.proposals)
     assert len(proposals) == 4
     rows = run.rollouts.store.read(("prompt_ids", "completion_ids"))
     models = {p: MixturePolicyModel.from_policies([folders / n for n in LABELS], weights=p) for p in proposals}
@@ -122,11 +122,10 @@ def test_proposals_that_drew_for_one_prompt_are_weighed_together(trainer, folder
         for p, model in models.items()
     }
     expected = []
-    for i, key in enumerate(numbers.prompt_keys):
-        drew = [p for k, p in zip(numbers.prompt_keys, numbers.proposals) if k == key]
+    for i, prompt in enumerate(numbers["prompt"]):
+        drew = [proposals[s] for s in numbers["proposal"][numbers["prompt"] == prompt]]
         expected.append(torch.logsumexp(torch.tensor([logps[p][i] for p in drew]), 0) - torch.tensor(len(drew)).log())
-    prompt = torch.tensor([list(dict.fromkeys(numbers.prompt_keys)).index(k) for k in numbers.prompt_keys])
-    found = run.rollouts._density(numbers, prompt)
+    found = torch.from_numpy(numbers.log_densities(len(numbers), all_under_reference=True))
     torch.testing.assert_close(found, torch.stack(expected).double(), atol=1e-4, rtol=0)
 
 
@@ -142,9 +141,9 @@ def test_a_second_fit_costs_no_generation(trainer, folders, tmp_path, monkeypatc
     same = refit(folders, store, tmp_path, proposal="mixture", per_device_train_batch_size=16)
     same.train()
     (weights,), _ = minimize_dual(first.rollouts.make_table())
-    assert len(set(first.rollouts.numbers.proposals)) > 1
+    assert len(first.rollouts.numbers.proposals) > 1
     torch.testing.assert_close(same.weights.detach(), weights, atol=1e-9, rtol=0)
-    assert len(same.rollouts.numbers.ids) == len(first.rollouts.numbers.ids)
+    assert len(same.rollouts.numbers) == len(first.rollouts.numbers)
     other = refit(folders, store, tmp_path, "implicit", objective="implicit")
     other.train()
     assert other.weights.sum().item() == pytest.approx(1)
@@ -269,7 +268,7 @@ run = make_trainer(mixture, out, estimator="mis", num_resamples=20, proposal="mi
 resume = any(n.startswith("checkpoint-") for n in os.listdir(out)) if os.path.isdir(out) else False
 print("ready", flush=True)
 run.train(resume_from_checkpoint=resume or None)
-print("done", run.model.config.mixture_weights, len(run.rollouts.numbers.ids), len(set(run.rollouts.numbers.ids)), flush=True)
+print("done", run.model.config.mixture_weights, len(run.rollouts.numbers), len(set(run.rollouts.numbers["id"])), flush=True)
 """
 
 
@@ -331,7 +330,7 @@ def test_several_processes_find_what_one_finds_on_the_same_completions(folders, 
     alone = refit(folders, tmp_path / "run" / "_rollouts", tmp_path, proposal="mixture")
     alone.train()
     shards = alone.rollouts.store.read(("id",))["id"]
-    assert len(alone.rollouts.numbers.ids) == len(shards) == len(set(shards)) >= 4 * processes * 8
+    assert len(alone.rollouts.numbers) == len(shards) == len(set(shards)) >= 4 * processes * 8
     assert alone.model.config.mixture_weights == pytest.approx(found[0], abs=1e-6)
 
 

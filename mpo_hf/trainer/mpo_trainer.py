@@ -189,7 +189,7 @@ class MPOTrainer(MixtureSaving, Trainer):
         self.policies = [model.policy(k) for k in range(len(model.config.labels))]
         self._fits_given = rollouts is not None
         if self._fits_given:
-            train_dataset, densities = given_rollouts(rollouts, self.objective_names)
+            train_dataset, given = given_rollouts(rollouts, self.objective_names)
         # λ lives outside the model: nothing in the model is trained, and float64 makes resuming exact
         self.weights = nn.Parameter(torch.tensor(start, dtype=torch.float64))
         model.mixture_weights = self.goal.mixture_weights(self.weights.detach())
@@ -225,7 +225,7 @@ class MPOTrainer(MixtureSaving, Trainer):
         self._config_is_shared = False
         self.rollouts = None
         if args.estimator == "mis":
-            self.rollouts = RolloutFit(self, self._rollout_store(), densities if self._fits_given else None)
+            self.rollouts = RolloutFit(self, self._rollout_store(), given if self._fits_given else None)
         self.add_callback(_FitState)
         self.add_callback(_MirrorDescentCallback(self))
 
@@ -354,9 +354,8 @@ class MPOTrainer(MixtureSaving, Trainer):
             rewards = self.score_rewards(inputs, completions)
         self.rollouts.collect(self._repeated(inputs, completions), completions, rewards, known)
         self.rollouts.prepare_table()
-        values, _ = self.rollouts.table.by_prompt(self.weights.unsqueeze(0))
         self._record_completions("train", completions, rewards)
-        return values.mean()
+        return self.rollouts.dual_objective(self.weights)
 
     def _given_completions(self, inputs: list[dict[str, Any]]) -> Completions:
         """Completions that came with the dataset. Texts are tokenized, and end with the end token."""

@@ -3,61 +3,20 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
 from typing import Any
 
+import pyarrow as pa
 import torch
 from accelerate.utils import gather_object
 
-from ..estimation import Certificate, DualTable, balance_heuristic, certify
-from ..rollout_store import COLUMNS, RolloutStore
+from ..estimation import Certificate, DualTable, certify
+from ..rollout_store import COLUMNS, RolloutStore, first_id
 from ..rollouts import Completions, completion_logps, completion_texts, mixture_logps, pad_completions
+from .rollout_numbers import GROWTH, Numbers, Proposal
 
 
 # share of uniform weights in a proposal, so that every policy has a say in what is sampled
 DEFENSIVE_SHARE = 0.1
-# The weights are fitted anew once the table has grown by this share: a fit takes a pass over the whole table
-GROWTH = 1 / 64
-
-Proposal = tuple[float, ...]  # mixture weights; () is the reference policy
-
-
-@dataclass
-class Numbers:
-    """What the estimate needs to know of N completions: the rows of the store without their texts."""
-
-    ids: list[int] = field(default_factory=list)
-    prompt_keys: list[str] = field(default_factory=list)
-    proposals: list[Proposal] = field(default_factory=list)
-    proposal_logps: list[float] = field(default_factory=list)
-    reference_logps: list[float | None] = field(default_factory=list)
-    policy_logps: list[list[float] | None] = field(default_factory=list)
-    rewards: list[list[float] | None] = field(default_factory=list)
-    # log-probabilities of a row under proposals that it was not drawn from
-    densities: dict[tuple[int, Proposal], float] = field(default_factory=dict)
-    known_ids: set[int] = field(default_factory=set, compare=False, repr=False)
-
-    def extend(self, rows: dict[str, Sequence]) -> None:
-        """Adds rows of the store, each once: several processes fill up their last batch with the first rows again."""
-        new = [row for row, i in enumerate(rows["id"]) if i not in self.known_ids]
-        self.known_ids.update(rows["id"])
-        self.ids += [rows["id"][row] for row in new]
-        self.prompt_keys += [rows["prompt_key"][row] for row in new]
-        self.proposals += [tuple(rows["proposal"][row]) for row in new]
-        for name in ("proposal_logps", "reference_logps", "policy_logps", "rewards"):
-            getattr(self, name).extend(rows[name][row] for row in new)
-
-    def first(self, rows: int | None) -> "Numbers":
-        """The same without the rows after the first so many."""
-        if rows is None or rows >= len(self.ids):
-            return self
-        kept = {f.name: getattr(self, f.name)[:rows] for f in fields(self) if isinstance(getattr(self, f.name), list)}
-        return Numbers(**kept, densities=self.densities)
-
-    def extend_densities(self, rows: dict[str, Sequence]) -> None:
-        """Adds rows of the store's densities."""
-        for i, weights, logps in zip(rows["id"], rows["proposal"], rows["logps"]):
-            self.densities[i, tuple(weights)] = logps
 
 
 class RolloutFit:
@@ -67,15 +26,14 @@ class RolloutFit:
     Args:
         trainer ([`MPOTrainer`]): the trainer that samples and scores.
         store ([`RolloutStore`]): where completions are kept.
-        densities (`dict[str, list]`, *optional*): densities of completions that come from another store.
+        given ([`RolloutStore`], *optional*): where completions that are fitted anew come from, with their densities.
     """
 
-    COLUMNS = ("id", "prompt_key", "proposal", "proposal_logps", "reference_logps", "policy_logps", "rewards")
-
-    def __init__(self, trainer: Any, store: RolloutStore, densities: dict[str, list] | None = None):
-        self.trainer, self.store, self._given_densities = trainer, store, densities
+    def __init__(self, trainer: Any, store: RolloutStore, given: RolloutStore | None = None):
+        self.trainer, self.store, self._given = trainer, store, given
         self.numbers = Numbers()
         self.table: DualTable | None = None
+        self._value: tuple[DualTable, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self.certificate: Certificate | None = None
         self.proposal: Proposal = self._first_proposal()
         self._fitted_rows, self._is_new = 0, False
@@ -105,12 +63,15 @@ class RolloutFit:
             self.store.discard_after(step)
         accelerator.wait_for_everyone()
         self.numbers = Numbers()
-        for path in self.store.shards():
-            self.numbers.extend(self.store.read(self.COLUMNS, paths=[path]))
-        self.numbers.extend_densities(self.store.read(("id", "proposal", "logps"), "densities"))
-        if self._given_densities is not None:
-            self.numbers.extend_densities(self._given_densities)
-        if self.numbers.ids and state is not None:
+        # up to this step only: a process that is ahead may have written the next one already
+        for rows in self.store.tables(Numbers.COLUMNS, last_step=step):
+            self.numbers.extend(rows)
+        for rows in self.store.tables(Numbers.DENSITIES, "densities", last_step=step):
+            self.numbers.extend_densities(rows)
+        if self._given is not None:
+            for rows in self._given.tables(Numbers.DENSITIES, "densities"):
+                self.numbers.extend_densities(rows)
+        if len(self.numbers) and state is not None:
             self.proposal, self._fitted_rows = tuple(state["proposal"]), state["fitted_rows"]
             self.table = self.make_table(self._fitted_rows)
 
@@ -138,7 +99,7 @@ class RolloutFit:
                 not drawn here.
         """
         step, part = self._next_part()
-        first = step << 40 | part << 24
+        first = first_id(step, part)
         rows = {
             "id": known["id"] if known else list(range(first, first + len(completions))),
             "step": [step] * len(completions),
@@ -196,34 +157,22 @@ class RolloutFit:
 
     def _mixtures_of(self, keys: Sequence[str]) -> list[Proposal]:
         """The mixtures, other than the current proposal, that drew earlier completions of these prompts."""
-        wanted = set(keys)
-        earlier = {p for key, p in zip(self.numbers.prompt_keys, self.numbers.proposals) if key in wanted}
-        return sorted(earlier - {self.proposal, ()})
+        return [weights for weights in self.numbers.proposals_of(keys) if weights not in (self.proposal, ())]
 
     def _densities_of_earlier(self, keys: Sequence[str]) -> dict[str, list]:
         """Earlier completions of these prompts, under the current proposal where they are not known under it."""
-        numbers, wanted = self.numbers, set(keys)
-        ids = [
-            i
-            for i, key, proposal in zip(numbers.ids, numbers.prompt_keys, numbers.proposals)
-            if key in wanted and proposal != self.proposal and (i, self.proposal) not in numbers.densities
-        ]
-        if not ids or not self.proposal:
+        ids = self.numbers.unknown_under(self.proposal, keys) if self.proposal else []
+        if not ids:
             return _density_rows([], [], torch.empty(0, 0))
         _, pooled = self._score(self._completions_of(ids), [self.proposal])
         return _density_rows(ids, [self.proposal], pooled)
 
     def _completions_of(self, ids: Sequence[int]) -> Completions:
         """Reads completions back from the shards that hold them."""
-        parts = sorted({(i >> 40, i >> 24 & 0xFFFF) for i in ids})
-        found = self.store.read(
-            ("id", "prompt_ids", "completion_ids"), paths=[self.store.path("rollouts", *part) for part in parts]
-        )
-        at = {i: row for row, i in enumerate(found["id"])}
-        rows = [at[i] for i in ids]
+        found = self.store.find(ids, ("prompt_ids", "completion_ids"))
         return pad_completions(
-            [found["prompt_ids"][row] for row in rows],
-            [found["completion_ids"][row] for row in rows],
+            found["prompt_ids"],
+            found["completion_ids"],
             self.trainer.processing_class.pad_token_id,
             self.trainer.model.device,
         )
@@ -240,65 +189,63 @@ class RolloutFit:
         prompt_ids = [ids[mask].tolist() for ids, mask in zip(completions.prompt_ids, completions.prompt_mask.bool())]
         texts = {
             **{name: [example[name] for example in examples] for name in examples[0] if name not in COLUMNS},
-            "completion": completion_texts(
-                completions, [example["prompt"] for example in examples], self.trainer.processing_class
-            ),
             "prompt_ids": prompt_ids,
             "completion_ids": completions.id_lists(),
         }
+        if "completion" not in rows:
+            prompts = [example["prompt"] for example in examples]
+            texts["completion"] = completion_texts(completions, prompts, self.trainer.processing_class)
         if densities["id"]:
             self.store.write("densities", step, part, densities)
         self.store.write("rollouts", step, part, {**texts, **rows})
 
     def _share(self, rows: dict[str, list], densities: dict[str, list]) -> None:
         """Every process gets to know the numbers of all, in the order of the shards."""
-        for row, density in gather_object([(rows, densities)]):
-            self.numbers.extend(row)
-            self.numbers.extend_densities(density)
+        new = (pa.table({name: rows[name] for name in Numbers.COLUMNS}), pa.table(densities))
+        for found, found_densities in gather_object([new]):
+            self.numbers.extend(found)
+            self.numbers.extend_densities(found_densities)
 
     # ---- the estimate ----
 
     def make_table(self, rows: int | None = None) -> DualTable:
         """The table of the dual objective of all completions so far, or of the first `rows` of them."""
-        numbers = self.numbers.first(rows)
-        prompt = _numbered(numbers.prompt_keys)
-        density = self._density(numbers, prompt)
+        numbers = self.numbers
+        rows = len(numbers) if rows is None else rows
+        column = {
+            name: torch.from_numpy(numbers[name][:rows]) for name in ("policy_logps", "reference_logps", "rewards")
+        }
+        prompt = torch.from_numpy(numbers["prompt"][:rows]).long()
+        density = torch.from_numpy(numbers.log_densities(rows, self.trainer.args.temperature == 1))
         if self.trainer.args.objective == "implicit":
-            return self.trainer.goal.table(prompt, density, torch.tensor(numbers.policy_logps, dtype=torch.float64))
+            return self.trainer.goal.table(prompt, density, column["policy_logps"])
         return self.trainer.goal.table(
-            prompt,
-            density,
-            reference_logps=torch.tensor(numbers.reference_logps, dtype=torch.float64),
-            rewards=torch.tensor(numbers.rewards, dtype=torch.float64),
+            prompt, density, reference_logps=column["reference_logps"], rewards=column["rewards"]
         )
+
+    def dual_objective(self, weights: torch.Tensor) -> torch.Tensor:
+        """
+        The dual objective of the table at weights of shape `(K,)`, differentiable. It takes a pass over the table, and is
+        kept until the table or the weights are others.
+        """
+        if self._value is None or self._value[0] is not self.table or not torch.equal(self._value[1], weights):
+            with torch.enable_grad():
+                point = weights.detach().clone().requires_grad_()
+                value = self.table.by_prompt(point.unsqueeze(0))[0].mean()
+                (gradient,) = torch.autograd.grad(value, point)
+            self._value = (self.table, point.detach(), value.detach(), gradient)
+        _, point, value, gradient = self._value
+        return value + (weights - point) @ gradient
 
     @property
     def rewards(self) -> torch.Tensor | None:
         """Rewards of all completions, shape `(N, K)`."""
-        known = self.numbers.rewards and self.numbers.rewards[0] is not None
-        return torch.tensor(self.numbers.rewards, dtype=torch.float64) if known else None
-
-    def _density(self, numbers: Numbers, prompt: torch.Tensor) -> torch.Tensor:
-        own = torch.tensor(numbers.proposal_logps, dtype=torch.float64)
-        proposals = {proposal: s for s, proposal in enumerate(dict.fromkeys(numbers.proposals))}
-        if len(proposals) == 1:
-            return own
-        drew = torch.tensor([proposals[proposal] for proposal in numbers.proposals])
-        logps = own.new_full((len(own), len(proposals)), torch.nan)
-        logps[torch.arange(len(own)), drew] = own
-        if () in proposals and self.trainer.args.temperature == 1:
-            logps[:, proposals[()]] = torch.tensor(numbers.reference_logps, dtype=torch.float64)
-        row_of = {i: row for row, i in enumerate(numbers.ids)}
-        for (i, proposal), value in numbers.densities.items():
-            if i in row_of and proposal in proposals:
-                logps[row_of[i], proposals[proposal]] = value
-        density = balance_heuristic(prompt, drew, logps)
-        # completions from elsewhere are known under their own proposal only, which is a valid density as well
-        return torch.where(density.isnan(), own, density)
+        rewards = torch.from_numpy(self.numbers["rewards"])
+        return rewards if rewards.numel() and not rewards.isnan().any() else None
 
     def prepare_table(self) -> None:
         """Makes the table anew when there are enough new rows."""
-        rows = len(self.numbers.ids)
+        rows = len(self.numbers)
         if rows >= self._fitted_rows * (1 + GROWTH):
             self._fitted_rows, self.table, self._is_new = rows, self.make_table(), True
 
@@ -342,8 +289,3 @@ def prompt_key(example: dict[str, Any]) -> str:
 def _density_rows(ids: Sequence[int], proposals: Sequence[Proposal], logps: torch.Tensor) -> dict[str, list]:
     pairs = [(i, list(p), value) for i, row in zip(ids, logps.tolist()) for p, value in zip(proposals, row)]
     return {name: [pair[k] for pair in pairs] for k, name in enumerate(("id", "proposal", "logps"))}
-
-
-def _numbered(keys: Sequence[str]) -> torch.Tensor:
-    numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-    return torch.tensor([numbers[key] for key in keys])

@@ -1,0 +1,284 @@
+"""
+The numbers of all completions of a fit, in columns.
+
+A row of three policies takes about a hundred bytes. A step touches the rows that it adds and those of its own prompts;
+what takes a pass over all rows is done by NumPy, and only once they have grown by a share.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ..estimation import balance_heuristic
+
+
+# What takes a pass over all rows is done again once they have grown by this share
+GROWTH = 1 / 64
+# so many log-probabilities of completions under proposals are weighed at a time
+_CHUNK = 1_000_000
+
+Proposal = tuple[float, ...]  # mixture weights; () is the reference policy
+
+
+class Column:
+    """
+    An array that grows at its end, by doubling.
+
+    Args:
+        dtype (`type`): the dtype of its entries.
+        shape (`tuple[int, ...]`, *optional*, defaults to `()`):
+            The shape of an entry. Entries without numbers, `(0,)`, are not known: beside others they are NaN.
+    """
+
+    def __init__(self, dtype: type, shape: tuple[int, ...] = ()):
+        self._room = np.empty((0, *shape), dtype)
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def values(self) -> np.ndarray:
+        """All entries, as a view: those that are there never change."""
+        return self._room[: self._size]
+
+    def extend(self, values: np.ndarray) -> None:
+        """Adds entries."""
+        shape = max(values.shape[1:], self._room.shape[1:])
+        size = self._size + len(values)
+        if size > len(self._room) or shape != self._room.shape[1:]:
+            room = np.empty((max(size, 2 * self._size), *shape), self._room.dtype)
+            _fill(room[: self._size], self.values)
+            self._room = room
+        _fill(self._room[self._size : size], values)
+        self._size = size
+
+
+def _fill(room: np.ndarray, values: np.ndarray) -> None:
+    room[...] = np.nan if values.shape[1:] == (0,) else values
+
+
+class Numbers:
+    """
+    What the estimate needs to know of N completions: the rows of a [`~mpo_hf.rollout_store.RolloutStore`] without their
+    texts, and its densities. `numbers[name]` is a column, with NaN for what is not known:
+
+    - `id`; `prompt` and `proposal`: indices into `prompts` and `proposals`.
+    - `proposal_logps`, `reference_logps`; `policy_logps` and `rewards` of shape `(N, K)`, or `(N, 0)` if none is known.
+
+    Attributes:
+        prompts (`dict[str, int]`): the key of every prompt, and its index, in the order of their first completions.
+        proposals (`dict[Proposal, int]`): the mixture weights of every proposal, and its index.
+    """
+
+    COLUMNS = ("id", "prompt_key", "proposal", "proposal_logps", "reference_logps", "policy_logps", "rewards")
+    DENSITIES = ("id", "proposal", "logps")
+
+    def __init__(self):
+        self.prompts: dict[str, int] = {}
+        self.proposals: dict[Proposal, int] = {}
+        self._columns = {
+            "id": Column(np.int64),
+            "prompt": Column(np.int32),
+            "proposal": Column(np.int32),
+            "proposal_logps": Column(np.float64),
+            "reference_logps": Column(np.float64),
+            "policy_logps": Column(np.float64, (0,)),
+            "rewards": Column(np.float64, (0,)),
+        }
+        # log-probabilities of completions under proposals that they were not drawn from: of two, the later one counts
+        self._densities = {"id": Column(np.int64), "proposal": Column(np.int32), "logps": Column(np.float64)}
+        self._ids_ascend = True
+        # rows in the order of their prompts, and where those of each prompt begin
+        self._by_prompt = (np.empty(0, np.int64), np.zeros(1, np.int64))
+        # a proposal, the rows that are known under it, and how many densities have been looked through
+        self._known = (-1, Column(bool), 0)
+
+    def __len__(self) -> int:
+        return len(self._columns["id"])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._columns[name].values
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Numbers):
+            return NotImplemented
+        pairs = zip(
+            [*self._columns.values(), *self._densities.values()],
+            [*other._columns.values(), *other._densities.values()],
+        )
+        return (self.prompts, self.proposals) == (other.prompts, other.proposals) and all(
+            np.array_equal(mine.values, others.values, equal_nan=True) for mine, others in pairs
+        )
+
+    # ---- what comes in ----
+
+    def extend(self, rows: pa.Table) -> None:
+        """
+        Adds rows, each once: several processes fill up their last batch with the first rows again.
+
+        Args:
+            rows (`pyarrow.Table`): columns `COLUMNS` of the store.
+        """
+        ids = rows["id"].to_numpy()
+        _, first = np.unique(ids, return_index=True)
+        first.sort()
+        new = first[self._rows_of_ids(ids[first]) < 0]
+        if len(new) < len(ids):
+            ids, rows = ids[new], rows.take(new)
+        if len(new) == 0:
+            return
+        self._ids_ascend &= bool((np.diff(ids) > 0).all() and (len(self) == 0 or self["id"][-1] < ids[0]))
+        keys = rows["prompt_key"].combine_chunks().dictionary_encode()
+        prompts = [self.prompts.setdefault(key, len(self.prompts)) for key in keys.dictionary.to_pylist()]
+        values = {
+            "id": ids,
+            "prompt": np.array(prompts)[keys.indices.to_numpy()],
+            "proposal": self._index(rows["proposal"]),
+            "proposal_logps": _floats(rows["proposal_logps"]),
+            "reference_logps": _floats(rows["reference_logps"]),
+            "policy_logps": _vectors(rows["policy_logps"]),
+            "rewards": _vectors(rows["rewards"]),
+        }
+        for name, column in self._columns.items():
+            column.extend(values[name])
+
+    def extend_densities(self, rows: pa.Table) -> None:
+        """
+        Adds densities.
+
+        Args:
+            rows (`pyarrow.Table`): columns `DENSITIES` of the store. Their completions may come later.
+        """
+        if rows.num_rows == 0:
+            return
+        self._densities["id"].extend(rows["id"].to_numpy())
+        self._densities["proposal"].extend(self._index(rows["proposal"]))
+        self._densities["logps"].extend(_floats(rows["logps"]))
+
+    def _index(self, proposals: pa.ChunkedArray) -> np.ndarray:
+        found = map(tuple, proposals.to_pylist())
+        return np.array([self.proposals.setdefault(weights, len(self.proposals)) for weights in found], np.int32)
+
+    # ---- what a step asks for ----
+
+    def proposals_of(self, keys: Sequence[str]) -> list[Proposal]:
+        """The proposals that drew completions of some prompts, in the order of their weights."""
+        drew = set(self["proposal"][self._rows_of_prompts(keys)].tolist())
+        return sorted(weights for weights, index in self.proposals.items() if index in drew)
+
+    def unknown_under(self, proposal: Proposal, keys: Sequence[str]) -> list[int]:
+        """Ids of the completions of some prompts that have no log-probability under a proposal, in the order of rows."""
+        rows = self._rows_of_prompts(keys)
+        index = self.proposals.get(proposal, -1)
+        missing = (self["proposal"][rows] != index) & ~self._known_under(index)[rows]
+        return self["id"][rows[missing]].tolist()
+
+    def _rows_of_prompts(self, keys: Sequence[str]) -> np.ndarray:
+        """All rows of some prompts, in order."""
+        prompt, wanted = self["prompt"], sorted({self.prompts[key] for key in keys if key in self.prompts})
+        order, begin = self._by_prompt
+        if len(prompt) > max(1000, len(order) * (1 + GROWTH)):
+            order, begin = np.argsort(prompt, kind="stable"), np.append(0, np.cumsum(np.bincount(prompt)))
+            self._by_prompt = order, begin
+        sorted_in = [order[begin[i] : begin[i + 1]] for i in wanted if i + 1 < len(begin)]
+        recent = len(order) + np.flatnonzero(np.isin(prompt[len(order) :], wanted))
+        return np.sort(np.concatenate([*sorted_in, recent]))
+
+    def _known_under(self, proposal: int) -> np.ndarray:
+        """For every row whether its log-probability under a proposal that did not draw it is known."""
+        last, known, seen = self._known
+        if proposal != last:
+            known, seen = Column(bool), 0
+        known.extend(np.zeros(len(self) - len(known), bool))
+        ids = self._densities["id"].values[seen:][self._densities["proposal"].values[seen:] == proposal]
+        rows = self._rows_of_ids(ids)
+        known.values[rows[rows >= 0]] = True
+        self._known = (proposal, known, len(self._densities["id"]))
+        return known.values
+
+    def _rows_of_ids(self, ids: np.ndarray) -> np.ndarray:
+        """The row of every id, -1 for those that are not there."""
+        own = self["id"]
+        if len(own) == 0:
+            return np.full(len(ids), -1)
+        # they ascend, unless somebody has put the store together from several
+        order = None if self._ids_ascend else np.argsort(own, kind="stable")
+        rows = np.searchsorted(own, ids, sorter=order).clip(max=len(own) - 1)
+        rows = rows if order is None else order[rows]
+        return np.where(own[rows] == ids, rows, -1)
+
+    # ---- what a table asks for ----
+
+    def log_densities(self, rows: int, all_under_reference: bool) -> np.ndarray:
+        """
+        The log-density that each of the first `rows` completions was drawn from by all proposals of its prompt together;
+        see [`~mpo_hf.estimation.balance_heuristic`]. Where it is not known under all of them, that of its own proposal,
+        which is a valid density as well.
+
+        Args:
+            rows (`int`): how many rows.
+            all_under_reference (`bool`): whether `reference_logps` are log-probabilities under the proposal `()`.
+        """
+        own, prompt = self["proposal_logps"][:rows], self["prompt"][:rows].astype(np.int64)
+        proposals, first = np.unique(self["proposal"][:rows], return_index=True)
+        if len(proposals) == 1:
+            return own
+        # one column a proposal, in the order of their first completions
+        column = np.full(len(self.proposals), -1)
+        column[proposals[np.argsort(first)]] = np.arange(len(proposals))
+        drew = column[self["proposal"][:rows]]
+        reference = column[self.proposals[()]] if all_under_reference and () in self.proposals else -1
+        densities = np.empty(rows)
+        for block, row, proposal, known in self._blocks(prompt, column):
+            logps = np.full((len(block), len(proposals)), np.nan)
+            logps[np.arange(len(block)), drew[block]] = own[block]
+            if reference >= 0:
+                logps[:, reference] = self["reference_logps"][block]
+            logps[row, proposal] = known
+            inputs = (prompt[block] - prompt[block[0]], drew[block], logps)
+            densities[block] = balance_heuristic(*map(torch.from_numpy, inputs))
+        return np.where(np.isnan(densities), own, densities)
+
+    def _blocks(
+        self, prompt: np.ndarray, column: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """
+        The first rows, whose prompts are given, all rows of some prompts at a time; and of the densities that fall into a
+        block the row in it, the column, and the log-density.
+        """
+        order, ends = np.argsort(prompt, kind="stable"), np.cumsum(np.bincount(prompt))
+        place_of = np.full(len(self) + 1, -1)  # the last one is for ids that are not there
+        place_of[order] = np.arange(len(order))
+        place = place_of[self._rows_of_ids(self._densities["id"].values)]
+        columns = column[self._densities["proposal"].values]
+        used = np.flatnonzero((place >= 0) & (columns >= 0))
+        used = used[np.argsort(place[used], kind="stable")]
+        place, columns, logps = place[used], columns[used], self._densities["logps"].values[used]
+        start, size = 0, _CHUNK // (column.max() + 1)
+        while start < len(order):
+            whole = np.searchsorted(ends, [start, start + size], side="right") - [0, 1]
+            stop = ends[whole.max()]
+            part = slice(*np.searchsorted(place, [start, stop]))
+            yield order[start:stop], place[part] - start, columns[part], logps[part]
+            start = stop
+
+
+def _floats(column: pa.ChunkedArray) -> np.ndarray:
+    return column.cast(pa.float64()).to_numpy()
+
+
+def _vectors(column: pa.ChunkedArray) -> np.ndarray:
+    """Lists of K numbers as an array of shape `(N, K)`, `(N, 0)` where none is known."""
+    lists = column.combine_chunks()
+    known = lists.is_valid().to_numpy(zero_copy_only=False)
+    if not known.any():
+        return np.empty((len(lists), 0))
+    numbers = lists.flatten().cast(pa.float64()).to_numpy(zero_copy_only=False).reshape(known.sum(), -1)
+    if known.all():
+        return numbers
+    values = np.full((len(lists), numbers.shape[1]), np.nan)
+    values[known] = numbers
+    return values
