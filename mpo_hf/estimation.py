@@ -11,6 +11,7 @@ where \\(a_{jk} = P(r_k)(x, y_j)/\beta\\) and \\(b_j\\) is the logarithm of a se
 It is convex, so that its minimum over the simplex is found to any precision without another sample.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -366,6 +367,7 @@ def certify(
     return certificate
 
 
+@functools.cache
 def _small_sample_factor(num_prompts: int, dimension: int, confidence: float, draws: int = 200_000) -> float:
     """The quantile of Hotelling's distribution for a mean of `num_prompts`, relative to that of its limit, by simulation."""
     if num_prompts <= dimension + 1:

@@ -61,31 +61,61 @@ class Welfare(ABC):
         return weights
 
 
-class _Projected(Welfare):
-    """A welfare whose Λ is a polyhedron onto which points are easily projected."""
+class _Polyhedral(Welfare):
+    """A welfare whose Λ is a part of a simplex below caps, times an interval for every objective outside of the simplex."""
 
     @abstractmethod
+    def limits(self, num_objectives: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Upper limits of the weights, and which of them have the sum 1: `(K,)` each. All are at least 0."""
+
     def project(self, points: torch.Tensor) -> torch.Tensor:
         """The nearest points of Λ, shape `(..., K)`."""
+        upper, summed = self.limits(points.shape[-1])
+        projected = points.clamp(min=0).minimum(upper)
+        projected[..., summed] = project_to_simplex(points[..., summed], upper[summed])
+        return projected
 
-    def quadratic_minimum(
-        self, weights: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, iterations: int = 200
-    ) -> torch.Tensor:
-        # projected gradients with momentum (FISTA; Beck and Teboulle, 2009)
-        lipschitz = torch.linalg.matrix_norm(hessian, ord=2).clamp(min=1e-12)[:, None]
-        point, momentum, t = weights, weights, 1.0
-        for i in range(iterations):
-            slope = gradient + torch.einsum("bkl,bl->bk", hessian, momentum - weights)
-            new = self.project(momentum - slope / lipschitz)
-            t_new = (1 + (1 + 4 * t * t) ** 0.5) / 2
-            moved = (new - point).abs().amax()
-            momentum, point, t = new + (t - 1) / t_new * (new - point), new, t_new
-            if i % 10 == 9 and moved < 1e-13:
+    def quadratic_minimum(self, weights: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+        # Projected gradients with momentum (FISTA; Beck and Teboulle, 2009) find which limits bind. With these known the
+        # minimum is the solution of a linear system.
+        scale = torch.linalg.matrix_norm(hessian, ord=2).clamp(min=1e-12)[:, None]
+        hessian, linear = hessian / scale.unsqueeze(-1), gradient / scale
+        linear = linear - torch.einsum("bkl,bl->bk", hessian, weights)
+
+        def step(points: torch.Tensor) -> torch.Tensor:
+            return self.project(points - torch.einsum("bkl,bl->bk", hessian, points) - linear)
+
+        point = weights
+        for _ in range(20):
+            momentum, t = point, 1.0
+            for _ in range(10):
+                t_new = (1 + (1 + 4 * t * t) ** 0.5) / 2
+                new = step(momentum)
+                momentum, point, t = new + (t - 1) / t_new * (new - point), new, t_new
+            solved = self.project(self._solve_between_limits(point, hessian, linear))
+            error = (step(solved) - solved).abs().amax(-1, keepdim=True)
+            point = torch.where(error <= (step(point) - point).abs().amax(-1, keepdim=True), solved, point)
+            if (error < 1e-12).all():
                 break
         return point
 
+    def _solve_between_limits(self, points: torch.Tensor, hessian: torch.Tensor, linear: torch.Tensor) -> torch.Tensor:
+        """Minima of quadratic functions with weights that are at their limits held there, and the others anywhere."""
+        upper, summed = self.limits(points.shape[-1])
+        moves = (points > 1e-10) & (points < upper - 1e-10)
+        in_sum = (moves & summed).to(points)
+        system = torch.zeros(len(points), points.shape[-1] + 1, points.shape[-1] + 1, dtype=points.dtype)
+        eye = torch.eye(points.shape[-1], dtype=points.dtype)
+        system[:, :-1, :-1] = torch.where(moves.unsqueeze(-1), hessian + 1e-13 * eye, eye)
+        system[:, :-1, -1] = system[:, -1, :-1] = in_sum
+        none_moves = in_sum.sum(-1) == 0
+        system[none_moves, -1, -1] = 1
+        held = torch.where(moves | ~summed, 0, points).sum(-1, keepdim=True)
+        right = torch.cat([torch.where(moves, -linear, points), (1 - held) * ~none_moves.unsqueeze(-1)], dim=-1)
+        return torch.linalg.solve(system, right)[:, :-1]
 
-class MaxMin(_Projected):
+
+class MaxMin(_Polyhedral):
     r"""The gain of the worst-off objective: \\(\min_k g_k\\), with the simplex as Λ."""
 
     def value(self, gains: torch.Tensor) -> torch.Tensor:
@@ -94,11 +124,11 @@ class MaxMin(_Projected):
     def start(self, num_objectives: int) -> torch.Tensor:
         return torch.full((num_objectives,), 1 / num_objectives, dtype=torch.float64)
 
-    def project(self, points: torch.Tensor) -> torch.Tensor:
-        return project_to_simplex(points)
+    def limits(self, num_objectives: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ones(num_objectives, dtype=torch.float64), torch.ones(num_objectives, dtype=torch.bool)
 
 
-class WeightedSum(_Projected):
+class WeightedSum(_Polyhedral):
     r"""
     A weighted sum of the gains, \\(\sum_k w_k g_k\\): Λ is one point, the mixture is known without any sample (the
     fixed preference of multi-objective decoding), and a fit only measures what it reaches.
@@ -116,11 +146,11 @@ class WeightedSum(_Projected):
     def start(self, num_objectives: int) -> torch.Tensor:
         return self.weights.clone()
 
-    def project(self, points: torch.Tensor) -> torch.Tensor:
-        return self.weights.expand_as(points)
+    def limits(self, num_objectives: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.weights, torch.ones(num_objectives, dtype=torch.bool)
 
 
-class CVaR(_Projected):
+class CVaR(_Polyhedral):
     r"""
     The mean gain of the worst-off share of the objectives (conditional value at risk; Rockafellar and Uryasev, 2000):
     the max-min for a small `level`, the weighted sum at 1. Λ is the part of the simplex where
@@ -144,8 +174,8 @@ class CVaR(_Projected):
     def start(self, num_objectives: int) -> torch.Tensor:
         return self.caps / self.caps.sum()
 
-    def project(self, points: torch.Tensor) -> torch.Tensor:
-        return project_to_simplex(points, self.caps)
+    def limits(self, num_objectives: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.caps, torch.ones(num_objectives, dtype=torch.bool)
 
 
 class AlphaFair(Welfare):
@@ -206,7 +236,7 @@ class AlphaFair(Welfare):
         return weights / log_mean.exp().unsqueeze(-1)
 
 
-class Constrained(_Projected):
+class Constrained(_Polyhedral):
     r"""
     Thresholds for some objectives, then the welfare of the others. Gains of constrained objectives are counted from their
     thresholds; falling short costs `price` a unit: \\(U(g) = U'(g_{free}) + \text{price} \sum_{j} \min(g_j, 0)\\). Above a
@@ -222,7 +252,7 @@ class Constrained(_Projected):
     on_simplex = False
 
     def __init__(self, free: Welfare, constrained: Sequence[int], price: float):
-        if not isinstance(free, _Projected):
+        if not isinstance(free, _Polyhedral):
             raise ValueError(f"Constraints go with a max-min, a weighted sum or CVaR, not with {type(free).__name__}.")
         if not 0 < price < math.inf:
             raise ValueError(f"The price of a constraint must be above 0 and finite, got {price}.")
@@ -243,11 +273,11 @@ class Constrained(_Projected):
         start[free] = self.free.start(int(free.sum()))
         return start
 
-    def project(self, points: torch.Tensor) -> torch.Tensor:
-        free = self._is_free(points.shape[-1])
-        projected = points.clamp(min=0, max=self.price)
-        projected[..., free] = self.free.project(points[..., free])
-        return projected
+    def limits(self, num_objectives: int) -> tuple[torch.Tensor, torch.Tensor]:
+        free = self._is_free(num_objectives)
+        upper = torch.full((num_objectives,), self.price, dtype=torch.float64)
+        upper[free], _ = self.free.limits(int(free.sum()))
+        return upper, free
 
 
 def project_to_simplex(points: torch.Tensor, caps: torch.Tensor | None = None) -> torch.Tensor:
