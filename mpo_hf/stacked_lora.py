@@ -49,15 +49,59 @@ class StackedLoraLinear(nn.Module):
         output = self.base_layer(hidden_states)
         count, in_features, _ = self.factors_a.shape
         hidden_states = hidden_states.reshape(count, -1, in_features).to(self.factors_a.dtype)
-        inner = torch.bmm(hidden_states, self.factors_a)
-        blocks = output.view(count, -1, output.shape[-1])
-        if output.dtype == inner.dtype:
-            blocks.baddbmm_(inner, self.factors_b)
-        else:  # adapters are often kept in a higher precision than their base
-            blocks.copy_(torch.baddbmm(blocks.to(inner.dtype), inner, self.factors_b))
+        blocks = _add_product(output, torch.bmm(hidden_states, self.factors_a), self.factors_b)
         if self.bias is not None:
             blocks.add_(self.bias)
         return output
+
+
+class StackedLoraEmbedding(nn.Module):
+    """
+    An embedding with an adapter for each block of rows.
+
+    Args:
+        base_layer (`nn.Module`): the embedding that the adapters were trained over.
+        factors_a (`torch.Tensor` of shape `(K, num_embeddings, r)`): first factors, padded with zeros to one rank.
+        factors_b (`torch.Tensor` of shape `(K, r, embedding_dim)`): second factors, scaled.
+    """
+
+    def __init__(self, base_layer: nn.Module, factors_a: torch.Tensor, factors_b: torch.Tensor):
+        super().__init__()
+        self.base_layer = base_layer
+        self.register_buffer("factors_a", factors_a, persistent=False)
+        self.register_buffer("factors_b", factors_b, persistent=False)
+
+    def forward(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        output = self.base_layer(input_ids)
+        count = len(self.factors_a)
+        block = torch.arange(count, device=input_ids.device)[:, None]
+        _add_product(output, self.factors_a[block, input_ids.reshape(count, -1)], self.factors_b)
+        return output
+
+
+class StackedModules(nn.Module):
+    """
+    Modules that adapters have in place of one of the base (`modules_to_save`), each for its own block of rows.
+
+    Args:
+        blocks (`Sequence[nn.Module]`): the modules, one a block. They may be the same.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([block(part) for block, part in zip(self.blocks, rows.chunk(len(self.blocks)))])
+
+
+def _add_product(output: torch.Tensor, inner: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Adds `inner @ factors` to the blocks of `output` in place, and returns these: `(K, tokens, features)`."""
+    blocks = output.view(len(factors), -1, output.shape[-1])
+    if output.dtype == inner.dtype:
+        return blocks.baddbmm_(inner, factors)
+    # adapters are often kept in a higher precision than their base
+    return blocks.copy_(torch.baddbmm(blocks.to(inner.dtype), inner, factors))
 
 
 class AdapterStacks:
@@ -168,14 +212,13 @@ def why_not_stacked(model: nn.Module, adapter: str | None) -> str | None:
     config = model.peft_config[adapter]
     if config.peft_type != "LORA":
         return f"it is of type {getattr(config.peft_type, 'value', config.peft_type)}"
-    for setting in ("modules_to_save", "trainable_token_indices"):
-        if getattr(config, setting, None):
-            return f"it has `{setting}`"
+    if getattr(config, "trainable_token_indices", None):
+        return "it has `trainable_token_indices`"
     for name, layer in model.get_base_model().named_modules():
         if not (_is_from_peft(layer, "r") and adapter in layer.r):
             continue
         kind = type(layer)
-        if (kind.__module__, kind.__name__) != ("peft.tuners.lora.layer", "Linear"):
+        if kind.__module__ != "peft.tuners.lora.layer" or kind.__name__ not in ("Linear", "Embedding"):
             return f"its layer {name} is a {kind.__module__}.{kind.__name__}"
         if adapter in layer.lora_variant:
             return f"its layer {name} is a {type(layer.lora_variant[adapter]).__name__}"
@@ -195,7 +238,7 @@ def stack_adapters(model: nn.Module, adapters: Sequence[str | None]) -> nn.Modul
     Returns:
         `nn.Module`, or `None` when the rows would not come out right, with the reason in the log.
     """
-    stacked: list[StackedLoraLinear] = []
+    stacked: list[nn.Module] = []
     try:
         for adapter in adapters:
             if reason := why_not_stacked(model, adapter):
@@ -213,7 +256,7 @@ class _CannotStack(Exception):
 
 
 def _copy(
-    module: nn.Module, adapters: Sequence[str | None], stacked: list[StackedLoraLinear], memo: dict[int, nn.Module]
+    module: nn.Module, adapters: Sequence[str | None], stacked: list[nn.Module], memo: dict[int, nn.Module]
 ) -> nn.Module:
     """The module itself where no layer of it is stacked, else a copy that shares parameters, buffers and hooks."""
     if id(module) in memo:
@@ -221,10 +264,19 @@ def _copy(
     if _is_from_peft(module, "base_layer"):
         twin = _copy(module.base_layer, adapters, stacked, memo)
         if _is_from_peft(module, "r") and any(adapter in module.r for adapter in adapters):
-            twin = StackedLoraLinear(twin, *_stacked_factors(module, adapters))
+            *factors, bias = _stacked_factors(module, adapters)
+            twin = StackedLoraLinear(twin, *factors, bias) if module.lora_A else StackedLoraEmbedding(twin, *factors)
             stacked.append(twin)
-    elif _is_from_peft(module, "original_module"):  # of adapters that are not among these
-        twin = _copy(module.original_module, adapters, stacked, memo)
+    elif _is_from_peft(module, "original_module"):
+        within: list[nn.Module] = []
+        twin = _copy(module.original_module, adapters, within, memo)
+        saved = getattr(module, "modules_to_save", {})
+        if any(adapter in saved for adapter in adapters):
+            if within:
+                raise _CannotStack(f"a {type(module.original_module).__name__} is saved by some and adapted by others")
+            twin = StackedModules([_own(saved[a], a) if a in saved else twin for a in adapters])
+            stacked.append(twin)
+        stacked += within
     else:
         children = {name: child and _copy(child, adapters, stacked, memo) for name, child in module._modules.items()}
         twin = module
@@ -237,6 +289,15 @@ def _copy(
     return twin
 
 
+def _own(saved: nn.Module, adapter: str) -> nn.Module:
+    """A module that an adapter has for itself, without layers of others in it."""
+    layers: list[nn.Module] = []
+    twin = _copy(saved, [adapter], layers, {})
+    if layers:
+        raise _CannotStack(f"a {type(saved).__name__} that the adapter {adapter} saves is also adapted by it")
+    return twin
+
+
 def _is_from_peft(module: nn.Module, part: str) -> bool:
     """Whether PEFT put a module in place of its part of that name."""
     return hasattr(module, "adapter_layer_names") and hasattr(module, part)
@@ -246,41 +307,52 @@ def _is_from_peft(module: nn.Module, part: str) -> bool:
 def _stacked_factors(
     layer: nn.Module, adapters: Sequence[str | None]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Factors of one layer for [`StackedLoraLinear`], zeros for the blocks without an adapter here."""
+    """Factors of one layer for its stacked form, zeros for the blocks without an adapter here."""
     if layer.merged_adapters:
         raise _CannotStack(f"the adapters {layer.merged_adapters} are merged into the base")
-    pairs = {a: (layer.lora_A[a], layer.lora_B[a], layer.scaling[a]) for a in adapters if a in layer.r}
-    if any("forward" in part.__dict__ for pair in pairs.values() for part in (layer, *pair[:2])):
+    if any("forward" in part.__dict__ for part in (layer, *layer.lora_A.values(), *layer.lora_B.values())):
         raise _CannotStack("the forward of an adapter's layer is replaced, as by offloading")
-    first = next(iter(pairs.values()))[0].weight
+    pairs = {adapter: _factors(layer, adapter) for adapter in adapters if adapter in layer.r}
+    first = next(iter(pairs.values()))[0]
     like = {"device": first.device, "dtype": first.dtype}
-    for linear, _, _ in pairs.values():
-        like["dtype"] = torch.promote_types(like["dtype"], linear.weight.dtype)
-    rank = max(linear.out_features for linear, _, _ in pairs.values())
+    for first, *_ in pairs.values():
+        like["dtype"] = torch.promote_types(like["dtype"], first.dtype)
+    rank = max(len(first) for first, *_ in pairs.values())
+    # some embeddings scale what they give out, and so does PEFT
+    output_scale = getattr(layer.base_layer, "embed_scale", 1)
     # kept transposed, which is faster to multiply with
     factors_a = torch.zeros(len(adapters), rank, layer.in_features, **like).transpose(1, 2)
     factors_b = torch.zeros(len(adapters), rank, layer.out_features, **like)
     bias = torch.zeros(len(adapters), 1, layer.out_features, **like)
     for k, adapter in enumerate(adapters):
         if adapter in pairs:
-            linear_a, linear_b, scaling = pairs[adapter]
-            factors_a[k, :, : linear_a.out_features] = linear_a.weight.T
-            factors_b[k, : linear_a.out_features] = linear_b.weight.T * scaling
-            if linear_b.bias is not None:
-                bias[k] = linear_b.bias * scaling
+            first, second, *biases = pairs[adapter]
+            factors_a[k, :, : len(first)] = first.T
+            factors_b[k, : len(first)] = second.T * layer.scaling[adapter] * output_scale
+            for own in biases:
+                bias[k] = own * layer.scaling[adapter]
     return factors_a, factors_b, bias if bias.any() else None
 
 
+def _factors(layer: nn.Module, adapter: str) -> list[torch.Tensor]:
+    """Both factors of an adapter in a layer of PEFT, `(r, in)` and `(out, r)`, and the bias of the second if it has one."""
+    if adapter in layer.lora_A:
+        return [*layer.lora_A[adapter].parameters(), *layer.lora_B[adapter].parameters()]
+    return [layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]]
+
+
 @torch.no_grad()
-def _check_rows(stack: nn.Module, stacked: Sequence[StackedLoraLinear], count: int) -> None:
+def _check_rows(stack: nn.Module, stacked: Sequence[nn.Module], count: int) -> None:
     """Runs the stack once, to see that blocks of rows reach every adapter as blocks: routed experts would mix them."""
     shape = (count, count + 1)
     seen = {}
 
-    def look(layer: nn.Module, args: tuple) -> None:
-        seen[layer] = tuple(args[0].shape[:-1])
+    def look(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if len(args) != 1 or kwargs:
+            raise _CannotStack(f"a {type(layer).__name__} would get {len(args)} inputs and {list(kwargs)}")
+        seen[layer] = tuple(args[0].shape[:-1] if args[0].is_floating_point() else args[0].shape)
 
-    hooks = [layer.register_forward_pre_hook(look) for layer in stacked]
+    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in stacked]
     stack(input_ids=torch.zeros(shape, dtype=torch.long, device=stack.device), use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -302,10 +374,9 @@ def _state(model: nn.Module, adapters: Sequence[str | None]) -> list[Any]:
             pending += filter(None, module._modules.values())
         if _is_from_peft(module, "lora_A"):
             state += map(tuple, (module.merged_adapters, [module.scaling.get(a) for a in adapters]))
-            for factors in (module.lora_A, module.lora_B):
-                for adapter in adapters:
-                    if adapter in factors:
-                        state += map(_mark, factors[adapter].parameters())
+            for adapter in adapters:
+                if adapter in module.r:
+                    state += map(_mark, _factors(module, adapter))
     return state
 
 
