@@ -230,6 +230,9 @@ def _minimize(
             break
         direction = welfare.quadratic_minimum(weights, gradient, hessian) - weights
         slope = (gradient * direction).sum(-1)
+        open_ = open_ & (slope < -1e-14 * (1 + value.abs()))  # what float64 can tell apart
+        if not open_.any():
+            break
         step = torch.ones_like(value)
         for _ in range(30):  # Armijo; a full step is taken near the minimum
             new = welfare.retract(weights + step.unsqueeze(-1) * direction)

@@ -56,7 +56,7 @@ def test_fit_is_near_the_exact_optimum(tmp_path, options):
     (best,), (minimum,) = minimize_dual(table, welfare=goal.welfare)
     value, _ = table.by_prompt(torch.stack([trainer.weights.detach(), goal.welfare.start(3)]))
     gap, gap_at_start = (value.mean(0) - minimum).tolist()
-    assert 0 <= gap + 1e-9 <= max(0.15 * gap_at_start, 1e-9)
+    assert -1e-9 <= gap <= 0.15 * gap_at_start + 1e-3
     mixture_weights = torch.tensor(trainer.model.config.mixture_weights, dtype=torch.float64)
     assert mixture_weights.sum().item() == pytest.approx(1)
     torch.testing.assert_close(mixture_weights[:3], trainer.weights.detach())
