@@ -279,11 +279,16 @@ class Certificate:
         dual_objective (`float`): F̂(λ).
         duality_gap (`float`): F̂(λ) less its minimum on the same completions; 0 for the minimiser itself.
         duality_gap_bound (`float`):
-            Upper confidence bound of F(λ) - F(λ*), in nats. \(E_x \mathrm{KL}(\pi^* \| \pi_\lambda)\) is no larger.
+            Upper confidence bound of F(λ) - F(λ*), in nats. \\(E_x \mathrm{KL}(\pi^* \| \pi_\lambda)\\) is no larger.
         confidence (`float`): the level of the bound and of the intervals.
         rewards (`torch.Tensor` of shape `(K,)`, *optional*):
-            Expected reward of every objective under the mixture with these weights.
+            Expected reward of every objective under the policy that F is about,
+            \\(\pi_{ref} \exp(\sum_k \lambda_k r_k/\beta)\\), normalised.
         reward_errors (`torch.Tensor` of shape `(K,)`, *optional*): their standard errors.
+        mixture_rewards (`torch.Tensor` of shape `(K,)`, *optional*):
+            Expected reward of every objective under the sequence-level mixture of the policies at hand. The same as
+            `rewards` as far as every policy is optimal for its reward.
+        mixture_reward_errors (`torch.Tensor` of shape `(K,)`, *optional*): their standard errors.
         active (`torch.Tensor` of shape `(K,)`):
             The fraction of the replicates in which an objective has weight: near 1 for those that bind, near 0 for those
             that are better off than the worst.
@@ -300,6 +305,8 @@ class Certificate:
     effective_sample_size: float
     rewards: torch.Tensor | None = None
     reward_errors: torch.Tensor | None = None
+    mixture_rewards: torch.Tensor | None = None
+    mixture_reward_errors: torch.Tensor | None = None
 
 
 def certify(
@@ -310,6 +317,7 @@ def certify(
     confidence: float = 0.95,
     seed: int = 0,
     welfare: Welfare | None = None,
+    mixture_log_ratios: torch.Tensor | None = None,
 ) -> Certificate:
     r"""
     A confidence bound of the duality gap F(λ) - F(λ*), and standard errors, by the bootstrap over prompts.
@@ -328,6 +336,8 @@ def certify(
         confidence (`float`, *optional*, defaults to 0.95): level of the bound.
         seed (`int`, *optional*, defaults to 0): seed of the replicates.
         welfare ([`~mpo_hf.welfare.Welfare`], *optional*): the welfare function. Defaults to the max-min.
+        mixture_log_ratios (`torch.Tensor` of shape `(N,)`, *optional*):
+            \\(\sum_k \lambda_k \log \pi_k(y_j) - \log q(y_j)\\), from which the rewards of the mixture follow.
 
     Returns:
         [`Certificate`]
@@ -364,10 +374,21 @@ def certify(
         effective_sample_size=table.effective_sample_sizes(weights).mean().item(),
     )
     if rewards is not None:
-        by_prompt = rewards.new_zeros(num_prompts, rewards.shape[-1]).index_add_(0, table.prompt, shares * rewards)
-        certificate.rewards = by_prompt.mean(0)
-        certificate.reward_errors = (counts @ by_prompt).std(0)
+        certificate.rewards, certificate.reward_errors = _mean_rewards(table.prompt, shares, rewards, counts)
+    if rewards is not None and mixture_log_ratios is not None:
+        ratios = mixture_log_ratios.unsqueeze(-1)
+        shares = (ratios - segment_logsumexp(ratios, table.prompt, num_prompts)[table.prompt]).exp()
+        found = _mean_rewards(table.prompt, shares, rewards, counts)
+        certificate.mixture_rewards, certificate.mixture_reward_errors = found
     return certificate
+
+
+def _mean_rewards(
+    prompt: torch.Tensor, shares: torch.Tensor, rewards: torch.Tensor, counts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean rewards of completions that have shares in their prompts, and standard errors by the bootstrap."""
+    by_prompt = rewards.new_zeros(counts.shape[-1], rewards.shape[-1]).index_add_(0, prompt, shares * rewards)
+    return by_prompt.mean(0), (counts @ by_prompt).std(0)
 
 
 @functools.cache
