@@ -31,6 +31,8 @@ class Completions:
         policy_logps (`torch.Tensor` of shape `(N, K)`, *optional*):
             \\(\log \pi_k(y)\\) of whole completions under every component of the mixture that drew them, where decoding
             has run them all.
+        reference_logps (`torch.Tensor` of shape `(N,)`, *optional*):
+            Log-probability of whole completions under the reference policy, where it is known.
     """
 
     prompt_ids: torch.Tensor
@@ -40,6 +42,7 @@ class Completions:
     pooled_logps: torch.Tensor
     proposal_logps: torch.Tensor
     policy_logps: torch.Tensor | None = None
+    reference_logps: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.completion_ids)

@@ -146,7 +146,7 @@ class TabularPolicy(PreTrainedModel, GenerationMixin):
         elif use_cache:
             past_key_values = DynamicCache()
         logits = torch.zeros(*ids.shape, VOCAB_SIZE)
-        rows = self.row_of[ids[:, 0], ids[:, 1]]
+        rows = self.row_of[ids[:, 0], ids[:, 1]] if ids.shape[1] > 1 else None  # a prompt has two tokens
         for t in range(2, min(ids.shape[1], LENGTH + 1) + 1):
             logits[:, t - 1] = self.tables[t - 2][(rows, *ids[:, 2:t].T)].float()
         return CausalLMOutputWithPast(logits=logits[:, -new:], past_key_values=past_key_values)

@@ -32,13 +32,13 @@ from ..rewards import RewardModelSpec, make_reward_functions, normalize_rewards
 from ..rollout_store import COLUMNS, RolloutStore, given_rollouts
 from ..rollouts import (
     Completions,
-    completion_logps,
     completion_texts,
     eos_token_ids,
     pad_completions,
     sample_completions,
     tokenize_prompts,
 )
+from ..scoring import CompletionScorer
 from .goal import Goal
 from .mpo_config import MPOConfig
 from .opening import check_prompts, objective_names, open_policies, open_tokenizer
@@ -324,14 +324,12 @@ class MPOTrainer(MixtureSaving, Trainer):
         shape = (len(inputs), args.num_generations)
         pooled_logps, proposal_logps = completions.pooled_logps.view(shape), completions.proposal_logps.view(shape)
         if args.objective == "implicit":
-            policy_logps = completion_logps(self.policies, completions, args.logps_batch_size).view(*shape, -1)
+            policy_logps = self.policy_logps(completions).view(*shape, -1)
             loss, log_weights = implicit_dual_objective(weights, policy_logps, proposal_logps)
         elif args.proposal == "mixture":
             advantages = (rewards.view(*shape, -1) - self.reward_offsets) / args.beta
-            reference_logps = completion_logps([self.reference_policy], completions, args.logps_batch_size)
-            loss, log_weights = on_policy_objective(
-                weights, advantages, pooled_logps, proposal_logps, reference_logps.view(shape)
-            )
+            reference_logps = self.reference_logps(completions).view(shape)
+            loss, log_weights = on_policy_objective(weights, advantages, pooled_logps, proposal_logps, reference_logps)
         else:
             log_ratio = pooled_logps - proposal_logps  # zero unless there is a temperature
             scaled = rewards.view(*shape, -1)
@@ -384,10 +382,11 @@ class MPOTrainer(MixtureSaving, Trainer):
 
     def sample(self, inputs: list[dict[str, Any]], weights: torch.Tensor) -> Completions:
         """Draws `num_generations` completions of every prompt from the proposal."""
-        on_mixture = self.args.proposal == "mixture"
-        return self._sample_from(
-            self.model if on_mixture else self.reference_policy, inputs, weights if on_mixture else None
-        )
+        if self.args.proposal == "mixture":
+            return self._sample_from(self.model, inputs, weights)
+        completions = self._sample_from(self.reference_policy, inputs, None)
+        completions.reference_logps = completions.pooled_logps
+        return completions
 
     def _sample_from(
         self, policy: MixturePolicyModel, inputs: list[dict[str, Any]], weights: torch.Tensor | None
@@ -402,6 +401,33 @@ class MPOTrainer(MixtureSaving, Trainer):
             temperature=self.args.temperature,
             mixture_weights=weights,
         )
+
+    @functools.cached_property
+    def policy_scorer(self) -> CompletionScorer:
+        """Scores completions under every policy."""
+        return CompletionScorer(self.policies)
+
+    @functools.cached_property
+    def reference_scorer(self) -> CompletionScorer:
+        """Scores completions under the reference policy."""
+        return CompletionScorer([self.reference_policy])
+
+    def policy_logps(self, completions: Completions) -> torch.Tensor:
+        """Log-probabilities under every policy, shape `(N, K)`: as sampling told them, or computed."""
+        if completions.policy_logps is None:
+            completions.policy_logps = self.policy_scorer.logps(completions, self.args.logps_batch_size)
+        return completions.policy_logps
+
+    def reference_logps(self, completions: Completions) -> torch.Tensor:
+        """Log-probabilities under the reference policy, shape `(N,)`: as sampling told them, or computed."""
+        if completions.reference_logps is None:
+            known = completions.policy_logps
+            if known is not None and known.shape[-1] > self.goal.num_objectives:  # the mixture's last component
+                completions.reference_logps = known[:, -1]
+            else:
+                scores = self.reference_scorer.logps(completions, self.args.logps_batch_size)
+                completions.reference_logps = scores[:, 0]
+        return completions.reference_logps
 
     def score_rewards(
         self, inputs: list[dict[str, Any]], completions: Completions, objectives: Sequence[int] | None = None
@@ -423,12 +449,9 @@ class MPOTrainer(MixtureSaving, Trainer):
         rewards = self.score_rewards(inputs, completions) if self.reward_functions else None
         known = {}
         if args.objective == "implicit":
-            known["policy_logps"] = completion_logps(self.policies, completions, args.logps_batch_size)
-        elif args.proposal == "reference":
-            known["reference_logps"] = completions.pooled_logps
+            known["policy_logps"] = self.policy_logps(completions)
         else:
-            reference = [self.reference_policy]
-            known["reference_logps"] = completion_logps(reference, completions, args.logps_batch_size)[:, 0]
+            known["reference_logps"] = self.reference_logps(completions)
         prompt = torch.arange(len(inputs)).repeat_interleave(args.num_generations)
         table = self.goal.table(prompt, completions.proposal_logps, **known, rewards=rewards, sets_scale=False)
         weights = self.goal.objective_weights(self.model.config.mixture_weights)
@@ -497,8 +520,7 @@ class MPOTrainer(MixtureSaving, Trainer):
             inputs = prompts[start : start + size]
             completions = self._sample_from(self.policies[k], inputs, None)
             reward = self.score_rewards(inputs, completions, [k])[:, 0]
-            reference_logps = completion_logps([self.reference_policy], completions, args.logps_batch_size)[:, 0]
-            kl = completions.proposal_logps - reference_logps
+            kl = completions.proposal_logps - self.reference_logps(completions)
             values[k].append(reward - args.beta * kl)
         means = torch.stack([torch.cat(v).mean() for v in values]).to(self.accelerator.device)
         return self.accelerator.reduce(means, reduction="mean").tolist()

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 
 from ..estimation import Certificate, DualTable, certify
 from ..rollout_store import COLUMNS, RolloutStore, first_id
-from ..rollouts import Completions, completion_logps, completion_texts, mixture_logps, pad_completions
+from ..rollouts import Completions, completion_texts, pad_completions
 from .rollout_numbers import GROWTH, Numbers, Proposal
 
 
@@ -129,19 +129,24 @@ class RolloutFit:
         return step, self._micro_batch * accelerator.num_processes + accelerator.process_index
 
     def _score(self, completions: Completions, mixtures: Sequence[Proposal]) -> tuple[dict[str, list], torch.Tensor]:
-        """Log-probabilities under every policy, the reference, and mixtures of the policies."""
-        trainer, args = self.trainer, self.trainer.args
-        policy_logps, pooled = mixture_logps(
-            trainer.policies, completions, mixtures, args.temperature, args.logps_batch_size
-        )
-        objectives = trainer.goal.num_objectives
+        """Log-probabilities under the policies and the reference, where sampling has not told them, and under mixtures."""
+        trainer = self.trainer
+        pooled = torch.empty(len(completions), 0)
+        if mixtures:
+            policy_logps, pooled = self._mixture_logps(completions, mixtures)
+            if completions.policy_logps is None:
+                completions.policy_logps = policy_logps
+        policy_logps, objectives = trainer.policy_logps(completions), trainer.goal.num_objectives
         scores = {"policy_logps": policy_logps[:, :objectives].tolist(), "reference_logps": [None] * len(completions)}
-        if policy_logps.shape[-1] > objectives:  # the reference is the mixture's last component
-            scores["reference_logps"] = policy_logps[:, -1].tolist()
-        elif trainer.reference_policy is not None:
-            logps = completion_logps([trainer.reference_policy], completions, args.logps_batch_size)
-            scores["reference_logps"] = logps[:, 0].tolist()
+        if trainer.reference_policy is not None:
+            scores["reference_logps"] = trainer.reference_logps(completions).tolist()
         return scores, pooled
+
+    def _mixture_logps(
+        self, completions: Completions, mixtures: Sequence[Proposal]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        args = self.trainer.args
+        return self.trainer.policy_scorer.mixture_logps(completions, mixtures, args.temperature, args.logps_batch_size)
 
     def _complete(self, completions: Completions, known: dict[str, list]) -> dict[str, list]:
         """Columns of completions that were drawn elsewhere: what is known, and what is computed."""
@@ -164,7 +169,7 @@ class RolloutFit:
         ids = self.numbers.unknown_under(self.proposal, keys) if self.proposal else []
         if not ids:
             return _density_rows([], [], torch.empty(0, 0))
-        _, pooled = self._score(self._completions_of(ids), [self.proposal])
+        _, pooled = self._mixture_logps(self._completions_of(ids), [self.proposal])
         return _density_rows(ids, [self.proposal], pooled)
 
     def _completions_of(self, ids: Sequence[int]) -> Completions:
