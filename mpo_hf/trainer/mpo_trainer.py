@@ -602,6 +602,9 @@ class MPOTrainer(MixtureSaving, Trainer):
             self.record("train", "duality_gap_bound", torch.tensor([certificate.duality_gap_bound]))
             for name, error in zip(self.objective_names, certificate.standard_errors):
                 self.record("train", f"standard_errors/{name}", error.reshape(1))
+            if certificate.mixture_rewards is not None:
+                for name, reward in zip(self.objective_names, certificate.mixture_rewards):
+                    self.record("train", f"mixture_rewards/{name}", reward.reshape(1))
 
     def _warn_of_collapse(self, fraction: float) -> None:
         if fraction >= self.args.min_effective_sample_size or self._warned_collapse:

@@ -274,9 +274,21 @@ class RolloutFit:
                 confidence=args.confidence,
                 num_resamples=args.num_resamples,
                 welfare=self.trainer.goal.welfare,
+                mixture_log_ratios=self._mixture_log_ratios(weights),
             )
         self._renew_proposal(weights)
         return True
+
+    def _mixture_log_ratios(self, weights: torch.Tensor) -> torch.Tensor | None:
+        """Log importance weights from the proposals to the mixture of these policies, where their logps are known."""
+        numbers, mixture_weights = self.numbers, self.trainer.goal.mixture_weights(weights)
+        logps = torch.from_numpy(numbers["policy_logps"])
+        if len(mixture_weights) > logps.shape[-1]:
+            logps = torch.cat([logps, torch.from_numpy(numbers["reference_logps"]).unsqueeze(-1)], dim=-1)
+        if logps.isnan().any():
+            return None
+        density = numbers.log_densities(len(numbers), self.trainer.args.temperature == 1)
+        return logps @ mixture_weights - torch.from_numpy(density)
 
     def _renew_proposal(self, weights: torch.Tensor) -> None:
         usable = self.table.effective_sample_sizes(weights).mean().item()
