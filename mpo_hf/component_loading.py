@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,6 +37,9 @@ BY_COMPONENT = ("device_map", "dtype", "quantization_config")
 
 # What `from_pretrained` of configs, tokenizers and adapters understands; everything else concerns weights only.
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "trust_remote_code")
+
+# Names of the arguments of `forward`, by class of model; see `forward_parameters`.
+_PARAMETERS: dict[type, frozenset[str]] = {}
 
 
 @dataclass(frozen=True)
@@ -448,13 +450,10 @@ def check_decoder(model: nn.Module, name: str) -> None:
 
 def forward_parameters(model: nn.Module) -> frozenset[str]:
     """Names of the arguments of a model's `forward`, seen through PEFT's wrapper."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return _parameters_of(type(base))
-
-
-@lru_cache
-def _parameters_of(model_class: type) -> frozenset[str]:
-    return frozenset(inspect.signature(model_class.forward).parameters)
+    kind = type(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    if kind not in _PARAMETERS:  # a dictionary, for torch.compile knows no other kind of memory
+        _PARAMETERS[kind] = frozenset(inspect.signature(kind.forward).parameters)
+    return _PARAMETERS[kind]
 
 
 def _location(component: MixtureComponent) -> dict[str, str]:

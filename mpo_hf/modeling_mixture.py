@@ -23,7 +23,7 @@ from .mixture_generation import MixtureGenerationMixin
 from .pooled_head import PooledBackbone, PooledHead
 from .pooling import log_linear_pool, rule_out_implausible
 from .presets import PresetMixin
-from .stacked_cache import StackedCacheView, can_stack
+from .stacked_cache import StackedCacheView, can_stack, join_static_layers
 from .stacked_lora import AdapterStacks, can_run_stacked, repeat_rows
 
 
@@ -280,14 +280,12 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
             output_attentions = config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states or False
-        weights, active = self._weights_for(mixture_weights, len(input_ids))
+        weights, active = self._weights_for(mixture_weights, len(input_ids), past_key_values)
         views: dict[int, Cache | None] = {}
         if use_cache or past_key_values is not None:
             if past_key_values is None:
                 past_key_values = DynamicCache(config=config)
-            counts = [decoder.num_hidden_layers for decoder in config.decoder_configs]
-            active = bind_cache(past_key_values, active, counts)
-            views = component_views(past_key_values, active, counts)
+            active, views = self._views(past_key_values, active)
         loss_kwargs = {n: kwargs.pop(n) for n in ("num_items_in_batch", "shift_labels") if n in kwargs}
         inputs = {
             **self._inputs_for_all(input_ids, attention_mask, position_ids),
@@ -303,7 +301,7 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
             component_logits = self.component_hook(active, component_logits)
         if config.plausibility:
             component_logits = rule_out_implausible(component_logits, config.plausibility)
-        logits = log_linear_pool(component_logits, weights[..., list(active)])
+        logits = log_linear_pool(component_logits, [weights[k] for k in active])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs)
@@ -317,22 +315,38 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     def _weights_for(
-        self, mixture_weights: torch.Tensor | Sequence[float] | None, batch_size: int
-    ) -> tuple[torch.Tensor, list[int]]:
+        self,
+        mixture_weights: torch.Tensor | Sequence[float] | None,
+        batch_size: int,
+        cache: Cache | None = None,
+    ) -> tuple[Sequence[float | torch.Tensor], Sequence[int]]:
         """
-        Checked weights of one call, and the components that have weight. Both on the CPU: which components run must be
-        known without waiting for a device, and for the model's own weights without looking into a tensor.
+        Checked weights of one call, by component, and the components that have weight. Which components run must be known
+        without waiting for a device, and for the model's own weights without looking into a tensor.
         """
         config = self.config
         if mixture_weights is None:
             own = config.mixture_weights
-            return torch.tensor(own, dtype=torch.float64, device="cpu"), [k for k, w in enumerate(own) if w != 0]
+            return own, [k for k, w in enumerate(own) if w != 0]
+        if (
+            torch.compiler.is_compiling()
+            and isinstance(mixture_weights, torch.Tensor)
+            and hasattr(cache, "mixture_components")
+        ):  # compiled code cannot look into a tensor; what filled the cache did
+            return mixture_weights.unbind(-1), cache.mixture_components
         weights = check_mixture_weights(mixture_weights, len(self.policies), config.allow_off_simplex)
         if config.plausibility and (weights[..., 0] <= 0).any():
             raise ValueError(f"`plausibility` is judged by the first component, whose weight is {weights[..., 0]}.")
         if weights.ndim == 2 and len(weights) != batch_size:
             raise ValueError(f"Got mixture weights for {len(weights)} rows, but the batch has {batch_size}.")
-        return weights, (weights != 0).reshape(-1, weights.shape[-1]).any(0).nonzero().flatten().tolist()
+        active = (weights != 0).reshape(-1, weights.shape[-1]).any(0).nonzero().flatten().tolist()
+        return weights.unbind(-1), active
+
+    def _views(self, cache: Cache, active: Sequence[int]) -> tuple[Sequence[int], dict[int, Cache]]:
+        """The components that a cache holds, and each one's view of it; a new cache is to hold those of `active`."""
+        counts = [decoder.num_hidden_layers for decoder in self.config.decoder_configs]
+        bound = bind_cache(cache, active, counts)
+        return bound, component_views(cache, bound, counts)
 
     def _inputs_for_all(
         self,
@@ -353,6 +367,8 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
         if sizes == {self.config.vocab_size}:
             return input_ids
         foreign = input_ids >= self.config.vocab_size
+        if torch.compiler.is_compiling() and input_ids.shape[1] == 1:  # a step of `generate`, which has looked
+            return input_ids.masked_fill(foreign, 0)
         if not foreign.any():
             return input_ids
         seen = foreign
@@ -369,7 +385,9 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
         self, active: Sequence[int], inputs: dict[str, Any], views: dict[int, Cache], extras: dict[str, list]
     ) -> Iterator[torch.Tensor]:
         """Logits of one component after another. Adapters that can run side by side do so when the first is due."""
-        groups = self._adapter_groups(active, inputs, views)
+        # the state of adapters is compared wherever something is computed anew, not at every step of decoding
+        is_step = inputs["input_ids"].shape[1] == 1 and bool(views)
+        groups = self._adapter_groups(active, inputs, views, check=not is_step)
         done: dict[int, torch.Tensor] = {}
         for k in active:
             if k in groups and k not in done:
@@ -377,23 +395,35 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
             yield (
                 done.pop(k) if k in done else self._run_policy(k, {**inputs, "past_key_values": views.get(k)}, extras)
             )
+        if views and not is_step and not torch.compiler.is_compiling():
+            self._prepare_steps([k for k in active if k not in groups], views, len(inputs["input_ids"]))
 
     def _adapter_groups(
-        self, active: Sequence[int], inputs: dict[str, Any], views: dict[int, Cache]
+        self, active: Sequence[int], inputs: dict[str, Any], views: dict[int, Cache], check: bool = True
     ) -> dict[int, tuple[list[int], nn.Module]]:
-        """For components that run side by side in a call: all of their group, and the model that runs them."""
+        """
+        For components that run side by side in a call: all of their group, and the model that runs them. `check` is
+        whether to look if the adapters have changed.
+        """
         groups: dict[int, tuple[list[int], nn.Module]] = {}
         if not self.stack_adapters or hasattr(self, "peft_config") or not can_stack(views.values()):
             return groups
-        # the state of adapters is compared wherever something is computed anew, not at every step of decoding
-        changed = inputs["input_ids"].shape[1] > 1 or not views
         for index in dict.fromkeys(self.policies[k].backbone for k in active):
             members = self._stackable(index, active)
             if len(members) > 1 and can_run_stacked(self.backbones[index], inputs, len(members)):
-                stack = self._stacks[index].get([self.policies[k].adapter for k in members], check=changed)
+                stack = self._stacks[index].get([self.policies[k].adapter for k in members], check=check)
                 if stack is not None:
                     groups |= dict.fromkeys(members, (members, stack))
         return groups
+
+    def _prepare_steps(self, active: Sequence[int], views: dict[int, Cache], rows: int) -> None:
+        """
+        Has ready what steps of decoding need of adapters that a long prompt has run one after another. Steps do not look
+        whether adapters have changed, and those that are compiled neither stack adapters nor gather their keys.
+        """
+        step = {"input_ids": torch.empty(rows, 1, dtype=torch.long, device=self.device)}
+        for members, _ in self._adapter_groups(active, step, views).values():
+            join_static_layers([views[k] for k in members])
 
     def _stackable(self, index: int, components: Sequence[int]) -> list[int]:
         """Which of some components run on a model by adapters that can run side by side."""
@@ -425,7 +455,7 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
     ) -> dict[int, torch.Tensor]:
         """Logits of components that run side by side."""
         keep = inputs["logits_to_keep"]
-        inputs = self._accepted_inputs(self.backbones[self.policies[members[0]].backbone], inputs)
+        inputs = self._accepted_inputs(stack, inputs)
         if views:
             inputs["past_key_values"] = StackedCacheView([views[k] for k in members])
         logits = self._common_logits(stack(**repeat_rows(inputs, len(members)), return_dict=True).logits, inputs, keep)
@@ -491,7 +521,25 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
             # rows that have ended go on with padding under mask 1, be it an id that not all components have
             foreign = inputs["input_ids"] >= self.config.vocab_size
             inputs["input_ids"] = inputs["input_ids"].masked_fill(foreign, 0)
+        cache = inputs.get("past_key_values")
+        if cache is not None and cache.is_compileable:
+            inputs["mixture_weights"] = self._weights_for_compiled_code(inputs, is_first_iteration)
         return inputs
+
+    def _weights_for_compiled_code(self, inputs: dict[str, Any], is_first_iteration: bool | None) -> torch.Tensor:
+        """
+        Checked weights as a tensor that compiled code takes as they are: it cannot look into them, and would be compiled
+        again for every number. Which components run it reads from the cache, and its stacks are made here.
+        """
+        weights, cache, rows = inputs.get("mixture_weights"), inputs["past_key_values"], len(inputs["input_ids"])
+        if is_first_iteration or weights is None:  # the model's own may be assigned at any time
+            _, active = self._weights_for(weights, rows)
+            active, views = self._views(cache, active)
+            if is_first_iteration and cache.is_initialized:  # chunks of a prompt may be compiled too
+                self._prepare_steps(active, views, rows)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        weights = torch.as_tensor(self.config.mixture_weights if weights is None else weights, dtype=dtype)
+        return weights.to(self.device, non_blocking=True)
 
     def train(self, mode: bool = True) -> "MixturePolicyModel":
         """

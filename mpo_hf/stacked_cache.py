@@ -11,6 +11,7 @@ from transformers.cache_utils import (
     StaticLayer,
     StaticSlidingWindowLayer,
 )
+from transformers.utils import is_torchdynamo_compiling
 
 
 # Layers whose whole state is keys, values and a length.
@@ -54,6 +55,19 @@ def can_stack(views: Iterable[Cache]) -> bool:
     )
 
 
+def join_static_layers(views: Sequence[Cache]) -> None:
+    """
+    Makes the keys of several components parts of one tensor before a step of decoding is compiled: the step writes to
+    them in place, where they stay. Layers that grow, are empty, or are joined already stay as they are.
+
+    Args:
+        views (`Sequence[Cache]`): the cache of each component, with equally many layers.
+    """
+    for layers in zip(*(view.layers for view in views), strict=True):
+        if isinstance(layers[0], StaticLayer) and layers[0].is_initialized and _shared(layers) is None:
+            _join(layers)
+
+
 def _append(layers: Sequence[DynamicLayer], *states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Adds to layers that grow, whose keys and values are the filled part of tensors with room for more."""
     length, rows = layers[0].get_seq_length(), len(states[0]) // len(layers)
@@ -78,19 +92,28 @@ def _update_all_by_first(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Has the first layer do what its kind does, with the keys and values of all in place of its own."""
     first = layers[0]
+    shared = _shared(layers) or _join(layers)
     parts = first.keys, first.values
-    before = shared = _shared(layers)
-    if shared is None:
-        shared = torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers])
     first.keys, first.values = shared
     states = first.update(key_states, value_states, *args, **kwargs)
-    if before is not None and first.keys is before[0]:  # written to in place: all others have it already
+    if first.keys is shared[0]:  # written to in place: all others have it already
         first.keys, first.values = parts
     else:
         _share(layers, (first.keys, first.values), (first.keys, first.values))
     for layer in layers[1:]:
         _copy_length(first, layer)
     return states
+
+
+def _join(layers: Sequence[CacheLayerMixin]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gathers what the layers hold, and gives every layer its part of it."""
+    shared = torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers])
+    _share(layers, shared, shared)
+    if isinstance(layers[0], StaticLayer) and not is_torchdynamo_compiling():
+        # as a layer marks its own: CUDA graphs write only to tensors that are known to stay where they are
+        for tensor in (*shared, *(states for layer in layers for states in (layer.keys, layer.values))):
+            torch._dynamo.mark_static_address(tensor)
+    return shared
 
 
 def _share(layers: Sequence[CacheLayerMixin], shared: tuple, filled: tuple) -> None:

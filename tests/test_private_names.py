@@ -45,6 +45,7 @@ USED = {
     "component_loading.py": {"_commit_hash"},
     "hub.py": {"_auto_class"},
     "mixture_building.py": {"_attn_implementation"},
+    "stacked_cache.py": {"_dynamo"},
     "stacked_lora.py": {"_modules", "_version"},
     "sequence_level.py": {"_beam_search", "_pad_token_tensor", "_prefill", "_update_model_kwargs_for_generation"},
     "trainer/mpo_trainer.py": {"_tag_names"},

@@ -1,0 +1,159 @@
+"""
+Compiled steps of decoding: one graph, which a GPU can record and replay.
+
+There is no GPU here, but what would keep a CUDA graph from being recorded shows in the graph that the compiler is given:
+tensors it writes to that may have moved by the next step, and numbers kept on the CPU.
+"""
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from helpers import BOS, PAD, VOCAB, left_pad, save_lora, save_tiny, tiny
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext
+from transformers import CompileConfig
+
+from mpo_hf import MixturePolicyModel, stacked_lora
+
+
+INPUTS = left_pad([[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30], [BOS, 6, 6, 19, 27]])
+SETTINGS = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": [], "pad_token_id": PAD}
+ROWS, LENGTH = INPUTS["input_ids"].shape
+# input ids, positions and a mask as long as the cache: all that a step should have to bring to a recorded graph
+SMALL = ROWS * (LENGTH + SETTINGS["max_new_tokens"])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A base and two adapters over it."""
+    folder = tmp_path_factory.mktemp("compiled")
+    base = save_tiny(folder / "base", "llama", 20, num_hidden_layers=1)
+    return base, *(save_lora(folder / f"adapter_{i}", base, 30 + i, r=2 + i) for i in range(2))
+
+
+@pytest.fixture
+def pair(folders):
+    return MixturePolicyModel.from_policies(list(folders[1:]), [0.4, 0.6])
+
+
+class Recorder:
+    """A backend that runs graphs as they are, and notes what a CUDA graph could not be made of."""
+
+    def __init__(self):
+        self.side_by_side: list[bool] = []  # by graph, whether adapters run in one pass there
+        self.obstacles: list[str] = []
+        backend = aot_autograd(fw_compiler=lambda module, _: self._look(module))
+        self.config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+        self.config._compile_all_devices = True  # Transformers compiles on accelerators only, unless told so
+        torch._dynamo.reset()
+
+    def _look(self, module: fx.GraphModule):
+        nodes = module.graph.nodes
+        self.side_by_side.append(any(node.target is torch.ops.aten.baddbmm.default for node in nodes))
+        stay = set(TracingContext.get().fw_metadata.static_input_indices)
+        written = {node.args[0] for node in nodes if node.target is torch.ops.aten.copy_.default}
+        for i, node in enumerate(node for node in nodes if node.op == "placeholder"):
+            if i in stay or not isinstance(node.meta["val"], torch.Tensor):
+                continue
+            if node in written:
+                self.obstacles.append(f"writes to an input that may move: {node.meta['val']}")
+            elif node.meta["val"].numel() > SMALL:
+                self.obstacles.append(f"copies a large input at every step: {node.meta['val']}")
+        self.obstacles += [
+            f"brings a constant to the device: {node.format_node()}" for node in nodes if node.op == "get_attr"
+        ]
+        return make_boxed_func(module.forward)
+
+    def generate(self, model, **kwargs):
+        return model.generate(
+            **INPUTS, **SETTINGS, cache_implementation="static", compile_config=self.config, **kwargs
+        ).tolist()
+
+
+def written_alone(model, **kwargs):
+    """What is written without compiling anything, one adapter after another."""
+    model.stack_adapters = False
+    output = model.generate(**INPUTS, **SETTINGS, **kwargs).tolist()
+    model.stack_adapters = True
+    return output
+
+
+def test_a_step_is_one_graph_that_a_gpu_can_record(pair):
+    recorder = Recorder()
+    for weights in ([0.4, 0.6], [0.9, 0.1], [0.2, 0.8]):  # other weights are other numbers for the same code
+        pair.mixture_weights = weights
+        assert recorder.generate(pair) == written_alone(pair)
+    assert (recorder.side_by_side, recorder.obstacles) == ([True], [])
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [[[0.4, 0.6], [0.9, 0.1]], [torch.tensor([[0.5, 0.5], [1.0, 0.0], [w, 1 - w]]) for w in (0.1, 0.3)]],
+    ids=["for the call", "by row"],
+)
+def test_weights_of_a_call_break_no_graph(pair, weights):
+    recorder = Recorder()
+    for own in weights:
+        assert recorder.generate(pair, mixture_weights=own) == written_alone(pair, mixture_weights=own)
+    assert (recorder.side_by_side, recorder.obstacles) == ([True], [])
+
+
+def test_adapters_run_side_by_side_behind_a_prompt_that_was_too_long_for_it(pair, monkeypatch):
+    monkeypatch.setattr(stacked_lora, "MOST_TOKENS", 2 * ROWS)
+    recorder = Recorder()
+    for _ in range(2):
+        assert recorder.generate(pair) == written_alone(pair)
+    assert (recorder.side_by_side, recorder.obstacles) == ([True], [])
+
+
+@pytest.mark.parametrize("way", [{}, {"cache_implementation": "static"}], ids=["growing", "static"])
+def test_adapters_that_have_changed_are_noticed_behind_a_long_prompt(pair, monkeypatch, way):
+    monkeypatch.setattr(stacked_lora, "MOST_TOKENS", 2 * ROWS)
+    before = pair.generate(**INPUTS, **SETTINGS, **way).tolist()
+    with torch.no_grad():
+        for name, parameter in pair.named_parameters():
+            if "lora_A" in name:
+                parameter.mul_(-3)
+    after = pair.generate(**INPUTS, **SETTINGS, **way).tolist()
+    assert after == written_alone(pair) != before
+
+
+@pytest.mark.slow  # three graphs
+def test_chunks_of_a_prompt_are_compiled_side_by_side(pair):
+    recorder = Recorder()
+    assert recorder.generate(pair, prefill_chunk_size=4) == written_alone(pair)
+    assert (recorder.side_by_side, recorder.obstacles) == (
+        [True] * 3,
+        [],
+    )  # chunks of four and three tokens, and a step
+
+
+def test_one_after_another_is_one_graph_too(pair):
+    expected = pair.generate(**INPUTS, **SETTINGS).tolist()
+    pair.stack_adapters = False
+    recorder = Recorder()
+    assert recorder.generate(pair) == expected
+    assert (recorder.side_by_side, recorder.obstacles) == ([False], [])
+
+
+def test_models_with_embeddings_of_different_sizes_are_one_graph():
+    model = MixturePolicyModel.from_policies(
+        [tiny("llama", 1, num_hidden_layers=1), tiny("gpt2", 2, num_hidden_layers=1, vocab_size=VOCAB + 8)],
+        [0.4, 0.6],
+        vocab_size=VOCAB,
+    )
+    recorder = Recorder()
+    assert recorder.generate(model) == written_alone(model)
+    assert (recorder.side_by_side, recorder.obstacles) == ([False], [])
+
+
+def test_a_component_that_the_cache_lacks_is_noticed_between_compiled_steps(pair):
+    class Turn:
+        def __call__(self, ids, scores):
+            pair.mixture_weights = [0.5, 0.5]
+            return scores
+
+    pair.mixture_weights = [1.0, 0.0]
+    with pytest.raises(ValueError, match=r"holds keys and values of the components \[0\] only"):
+        Recorder().generate(pair, logits_processor=[Turn()])
