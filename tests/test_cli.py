@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -162,7 +163,18 @@ def test_fit_reports_weights_and_rewards(fitted):
     for name, weight in zip(["sea", "bee"], weights):
         assert rows[name][2] == f"{weight:.4f}"
         assert 0 <= float(rows[name][3]) <= LENGTH
+        assert 0 <= float(rows[name][4]) < 1 and 0 <= float(rows[name][5]) <= LENGTH
+    assert re.search(r"duality gap, with 95% confidence: below (\d+\.\d{4}|inf) nats", fitted.out)
     assert f"The mixture is in {fitted.folder}" in fitted.out
+
+
+def test_fit_with_a_constraint_has_the_reference_in_the_mixture(world, tmp_path):
+    options = ["--constraints", '{"count_b": 0.3}', "--normalize_rewards", "none", "--labels", "count_c", "count_b"]
+    status, out, err = run(*fit_options(world, tmp_path / "mix"), *options)
+    assert status == 0, err
+    saved = MixturePolicyConfig.from_pretrained(tmp_path / "mix")
+    assert saved.labels == ["count_c", "count_b", "reference"] and sum(saved.mixture_weights) == pytest.approx(1)
+    assert re.search(rf"^reference +\S*{re.escape(str(world / 'ref'))}", out, re.MULTILINE)
 
 
 def test_fit_draws_a_picture(fitted):

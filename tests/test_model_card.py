@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 import yaml
 from card_rules import problems_of
 from helpers import fake_hub
@@ -10,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from mpo_hf import MixturePolicyConfig
+from mpo_hf.estimation import Certificate
 from mpo_hf.model_card import create_model_card, pictures_of, update_model_card
 from mpo_hf.trainer.fit_card import measured_rewards, save_plot
 
@@ -231,6 +233,30 @@ def test_card_shows_the_fit(tmp_path):
     assert "| the reference, steps 1 to 2 | 1.5000 ± 0.5000 | 0.5000 ± 0.0000 |" in text and note in text
     assert "![Mixture weights during the fit](weights.png)" in text
     assert (tmp_path / "weights.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_card_says_how_good_the_weights_are():
+    certificate = Certificate(
+        weights=torch.tensor([0.25, 0.75]),
+        standard_errors=torch.tensor([0.02, 0.02]),
+        dual_objective=-0.1,
+        duality_gap=0.0,
+        duality_gap_bound=0.0125,
+        confidence=0.95,
+        active=torch.tensor([1.0, 1.0]),
+        effective_sample_size=0.5,
+        mixture_rewards=torch.tensor([1.25, 0.5]),
+        mixture_reward_errors=torch.tensor([0.125, 0.25]),
+    )
+    names = ["a", "b"]
+    rewards, note = measured_rewards(history((1.0, 0.5), (2.0, 0.5)), "reference", certificate, names)
+    text = create_model_card(REPOS, "mix", rewards, note=note).text
+    assert "| the mixture, estimated | 1.2500 ± 0.1250 | 0.5000 ± 0.2500 |" in text
+    assert "With 95% confidence the weights are within 0.0125 nats" in text and "a 0.0200, b 0.0200" in text
+    assert "was not measured" not in text
+    certificate.duality_gap_bound, certificate.mixture_rewards = float("inf"), None
+    rewards, note = measured_rewards(history((1.0, 0.5), (2.0, 0.5)), "reference", certificate, names)
+    assert "nats" not in note and "was not measured" in note and len(rewards) == 1
 
 
 # ---- a card that is there already ----

@@ -138,7 +138,14 @@ SECTIONS = {
         "objective",
         "beta",
         "proposal",
+        "welfare",
+        "welfare_weights",
+        "fairness_alpha",
+        "cvar_level",
+        "constraints",
         "normalize_rewards",
+        "estimator",
+        "tolerance",
         "num_generations",
         "max_completion_length",
         "temperature",
@@ -299,15 +306,24 @@ def load_rollouts(args: FitArguments, training_args: MPOConfig) -> str | Dataset
 
 
 def summarize(trainer: MPOTrainer) -> str:
-    """The fitted weights, and the means over all steps of what was measured."""
+    """The fitted weights with what is known of them, and the means over all steps of what was measured."""
     config = trainer.model.config
     steps = [entry for entry in trainer.state.log_history if "dual_objective" in entry and "loss" in entry]
-    rows = []
-    for name, component, weight in zip(trainer.objective_names, config.components, config.mixture_weights):
+    certificate, rows = trainer.certificate, []
+    names = [*trainer.objective_names, "reference"]
+    for k, (name, component, weight) in enumerate(zip(names, config.components, config.mixture_weights)):
         rewards = [entry[f"rewards/{name}"] for entry in steps if f"rewards/{name}" in entry]
         rows.append([name, component.source, weight, sum(rewards) / len(rewards) if rewards else None])
+        if certificate is not None:
+            known = (certificate.standard_errors, certificate.mixture_rewards)
+            rows[k] += [values[k].item() if values is not None and k < len(values) else None for values in known]
     header = ["objective", "policy", "weight", f"mean reward of the {trainer.args.proposal}'s samples"]
+    header += ["standard error of the weight", "reward of the mixture"] if certificate is not None else []
     lines = [format_table(header, rows)]
+    if certificate is not None:
+        lines.append(
+            f"duality gap, with {certificate.confidence:.0%} confidence: below {certificate.duality_gap_bound:.4f} nats"
+        )
     for key, text in (("dual_objective", "dual objective"), ("effective_sample_size", "effective sample size")):
         values = [entry[key] for entry in steps]
         if values:

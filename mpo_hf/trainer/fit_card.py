@@ -1,11 +1,13 @@
 """What a fit has measured, for its model card."""
 
 import importlib.util
+import math
 import os
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from ..estimation import Certificate
 from ..plots import plot_fit
 
 
@@ -15,19 +17,49 @@ PLOT_NAME = "weights.png"
 Rewards = dict[str, dict[str, float | tuple[float, float]]]
 
 
-def measured_rewards(log_history: Sequence[dict[str, Any]], proposal: str) -> tuple[Rewards, str]:
+def measured_rewards(
+    log_history: Sequence[dict[str, Any]],
+    proposal: str,
+    certificate: Certificate | None = None,
+    objectives: Sequence[str] = (),
+) -> tuple[Rewards, str]:
     """
-    Mean rewards of the completions that a fit drew, and a sentence that says what they are.
+    Mean rewards of the completions that a fit drew, what the mixture reaches by the estimate from all of them, and
+    sentences that say what these are.
 
     Args:
         log_history (`Sequence[dict]`): `trainer.state.log_history`.
         proposal (`str`):
             `"reference"`: all steps measured the same policy. `"mixture"`: the first and last tenth of the steps are
             told apart, since the mixture moves.
+        certificate ([`~mpo_hf.estimation.Certificate`], *optional*): how good the weights are.
+        objectives (`Sequence[str]`, *optional*): names of the objectives, for the certificate.
 
     Returns:
         `tuple[dict, str]`: for every row of a table, each objective's mean and, over several steps, its standard error.
     """
+    rewards, note = _sampled_rewards(log_history, proposal)
+    if certificate is None:
+        return rewards, note
+    if certificate.mixture_rewards is not None:
+        means, errors = certificate.mixture_rewards.tolist(), certificate.mixture_reward_errors.tolist()
+        rewards["the mixture, estimated"] = dict(zip(objectives, zip(means, errors)))
+        note = note.replace(" What the mixture\nitself reaches was not measured here.", "")
+        note += (
+            "\nWhat the mixture itself reaches is estimated from all completions by their importance weights, for whole\n"
+            "completions drawn from it; ± is the standard error over the prompts."
+        )
+    note = note.replace("the mixture as it was at each step", "the mixture at weights of earlier steps")
+    if math.isfinite(certificate.duality_gap_bound):
+        note += (
+            f"\nWith {certificate.confidence:.0%} confidence the weights are within {certificate.duality_gap_bound:.4f} nats "
+            "of the best ones in the dual\nobjective."
+        )
+    errors = ", ".join(f"{name} {error:.4f}" for name, error in zip(objectives, certificate.standard_errors.tolist()))
+    return rewards, f"{note} Standard errors of the weights: {errors}.".strip()
+
+
+def _sampled_rewards(log_history: Sequence[dict[str, Any]], proposal: str) -> tuple[Rewards, str]:
     steps = [entry for entry in log_history if "loss" in entry and any(key.startswith("rewards/") for key in entry)]
     if not steps:
         return {}, ""

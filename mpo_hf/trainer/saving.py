@@ -76,7 +76,9 @@ class MixtureSaving:
         if not self.is_world_process_zero():
             return
         output_dir = output_dir if output_dir is not None else self.args.output_dir
-        rewards, note = measured_rewards(self.state.log_history, self.args.proposal)
+        rewards, note = measured_rewards(
+            self.state.log_history, self.args.proposal, self.certificate, self.objective_names
+        )
         card = create_model_card(
             self.model.config,
             self.hub_model_id or os.path.basename(os.path.abspath(output_dir)),
