@@ -25,7 +25,8 @@ from .component_loading import Policy
 from .hub import ADAPTER_WEIGHTS
 
 
-DEFAULT_ENERGY = 0.99
+# What is left beyond it costs most of the rank and changes next to nothing; examples/benchmarks/extraction.py measures it.
+DEFAULT_ENERGY = 0.9
 # A sketch of the largest singular values is taken where it is at most this part of all of them: it is then the faster way.
 SKETCHED_PART = 0.25
 FIRST_SKETCH = 32
@@ -177,6 +178,43 @@ class ExtractedAdapter:
         assert not result.unexpected_keys, result.unexpected_keys
         return model.eval()
 
+    @torch.no_grad()
+    def measure(
+        self,
+        tuned: PreTrainedModel,
+        base: PreTrainedModel,
+        texts: Sequence[str],
+        processing_class: PreTrainedTokenizerBase,
+        max_length: int = 512,
+    ) -> None:
+        """
+        Adds to the report how far base and adapter are from the fine-tune, by token, on texts.
+
+        Args:
+            tuned (`PreTrainedModel`): the fine-tune.
+            base (`PreTrainedModel`): its base, which is left as it is.
+            texts (`Sequence[str]`): the texts.
+            processing_class (`PreTrainedTokenizerBase`): their tokenizer.
+            max_length (`int`, *optional*, defaults to 512): the number of tokens that a text is cut off at.
+        """
+        tuned.eval()
+        adapted = self.put_on(base)
+        total, total_base, count = 0.0, 0.0, 0
+        for text in texts:
+            ids = processing_class(text, return_tensors="pt", truncation=True, max_length=max_length).input_ids
+            if ids.numel() == 0:
+                continue
+            logps = tuned(ids.to(tuned.device)).logits.float().log_softmax(-1)
+            total += _kl(logps, adapted(ids.to(base.device)).logits)
+            with adapted.disable_adapter():
+                total_base += _kl(logps, adapted(ids.to(base.device)).logits)
+            count += ids.numel()
+        adapted.unload()
+        if count == 0:
+            raise ValueError("`texts` are all empty.")
+        self.report.mean_kl, self.report.mean_kl_base = total / count, total_base / count
+        self.report.num_tokens = count
+
 
 def extract_adapter(
     model: Policy,
@@ -209,7 +247,7 @@ def extract_adapter(
             Rank of the factors. With `energy`, the highest rank.
         energy (`float`, *optional*):
             Chooses the lowest rank of each layer that keeps this share of the squared Frobenius norm of its difference.
-            Without a rank, 0.99.
+            Without a rank, 0.9.
         target_modules (`Sequence[str]`, *optional*):
             Names of layers, or the ends of them, such as `"q_proj"`. Defaults to all linear layers that differ, without
             a head that is tied to the embeddings.
@@ -276,7 +314,7 @@ def extract_adapter(
     layers = _layers_to_factor(tuned, target_modules, embeddings)
     adapter = _Extraction(tuned, origin, layers, saved, rank, energy, dtype, device).run()
     if texts is not None:
-        _measure(adapter, tuned.load(device), origin.load(device), texts, processing_class, max_length)
+        adapter.measure(tuned.load(device), origin.load(device), texts, processing_class, max_length)
     return adapter
 
 
@@ -505,35 +543,6 @@ def _shorten(names: dict[str, int], skeleton: nn.Module) -> list[str]:
         every[name.rpartition(".")[2]].add(name)
     whole = {ending for ending, modules in every.items() if modules <= set(names)}
     return sorted({name.rpartition(".")[2] if name.rpartition(".")[2] in whole else name for name in names})
-
-
-@torch.no_grad()
-def _measure(
-    adapter: ExtractedAdapter,
-    tuned: PreTrainedModel,
-    base: PreTrainedModel,
-    texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-) -> None:
-    """Adds to the report how far base and adapter are from the fine-tune, by token, on texts."""
-    adapted = adapter.put_on(base)
-    tuned.eval()
-    total, total_base, count = 0.0, 0.0, 0
-    for text in texts:
-        ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=max_length).input_ids
-        if ids.numel() == 0:
-            continue
-        logps = tuned(ids.to(tuned.device)).logits.float().log_softmax(-1)
-        total += _kl(logps, adapted(ids.to(base.device)).logits)
-        with adapted.disable_adapter():
-            total_base += _kl(logps, adapted(ids.to(base.device)).logits)
-        count += ids.numel()
-    adapted.unload()
-    if count == 0:
-        raise ValueError("`texts` are all empty.")
-    report = adapter.report
-    report.mean_kl, report.mean_kl_base, report.num_tokens = total / count, total_base / count, count
 
 
 def _kl(logps: torch.Tensor, logits: torch.Tensor) -> float:

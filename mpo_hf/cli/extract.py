@@ -20,7 +20,7 @@ class ExtractArguments:
     rank: int | None = field(default=None, metadata={"help": "Rank of the adapter. With --energy, the highest rank."})
     energy: float | None = field(
         default=None,
-        metadata={"help": "Lowest ranks that keep this share of each difference. Default without a rank: 0.99."},
+        metadata={"help": "Lowest ranks that keep this share of each difference. Default without a rank: 0.9."},
     )
     target_modules: list[str] | None = field(
         default=None, metadata={"help": "Layers to factor. Default: all linear layers.", "metavar": "NAME"}
