@@ -35,7 +35,7 @@ OVERRIDDEN = {
     MPOTrainer: {"_load_best_model", "_load_from_checkpoint", "_push_from_checkpoint", "_save"},
     MixturePolicyConfig: set(),
     MixtureLogitsProcessor: set(),
-    MPOConfig: set(),
+    MPOConfig: {"_VALID_DICT_FIELDS"},
     ComponentCacheView: set(),
 }
 
@@ -48,6 +48,7 @@ USED = {
     "stacked_cache.py": {"_dynamo"},
     "stacked_lora.py": {"_modules", "_version"},
     "sequence_level.py": {"_beam_search", "_pad_token_tensor", "_prefill", "_update_model_kwargs_for_generation"},
+    "trainer/mpo_config.py": {"_VALID_DICT_FIELDS"},
     "trainer/mpo_trainer.py": {"_tag_names"},
 }
 
