@@ -335,7 +335,7 @@ class _Extraction:
         self.tuned, self.origin = tuned, origin
         self.layers, self.saved = layers, saved
         self.rank, self.energy = rank, energy
-        self.device = device
+        self.device = device or "cpu"
         self.dtype = dtype or tuned.get(next(iter(tuned.shapes))).dtype
         self.state: dict[str, torch.Tensor] = {}
         self.report = ExtractionReport(base_parameters=sum(p.numel() for p in origin.skeleton.parameters()))
