@@ -121,7 +121,8 @@ def main() -> None:
         reward_funcs=reward_functions(args.neural),
         args=MPOConfig(
             output_dir=args.output_dir,
-            proposal="mixture",  # measure what the mixture really does, as these policies are no exact optima
+            estimator="bsmd",  # with the mixture as proposal it follows what this mixture does:
+            proposal="mixture",  # these policies are no exact optima of their rewards
             normalize_rewards=False,  # these rewards are on one scale: compare them as they are
             beta=0.2,
             num_generations=4,

@@ -289,6 +289,11 @@ class Certificate:
             Expected reward of every objective under the sequence-level mixture of the policies at hand. The same as
             `rewards` as far as every policy is optimal for its reward.
         mixture_reward_errors (`torch.Tensor` of shape `(K,)`, *optional*): their standard errors.
+        shortfall (`float`, *optional*):
+            How far the welfare of that mixture, its divergence from the reference paid, is below what any policy at all
+            could have, in nats (β times it is in units of the rewards). By weak duality no policy reaches more than F(λ); 0
+            for policies that are optimal for their rewards, at the best weights.
+        shortfall_error (`float`, *optional*): its standard error.
         active (`torch.Tensor` of shape `(K,)`):
             The fraction of the replicates in which an objective has weight: near 1 for those that bind, near 0 for those
             that are better off than the worst.
@@ -307,6 +312,8 @@ class Certificate:
     reward_errors: torch.Tensor | None = None
     mixture_rewards: torch.Tensor | None = None
     mixture_reward_errors: torch.Tensor | None = None
+    shortfall: float | None = None
+    shortfall_error: float | None = None
 
 
 def certify(
@@ -318,6 +325,7 @@ def certify(
     seed: int = 0,
     welfare: Welfare | None = None,
     mixture_log_ratios: torch.Tensor | None = None,
+    reference_log_ratios: torch.Tensor | None = None,
 ) -> Certificate:
     r"""
     A confidence bound of the duality gap F(λ) - F(λ*), and standard errors, by the bootstrap over prompts.
@@ -338,6 +346,8 @@ def certify(
         welfare ([`~mpo_hf.welfare.Welfare`], *optional*): the welfare function. Defaults to the max-min.
         mixture_log_ratios (`torch.Tensor` of shape `(N,)`, *optional*):
             \\(\sum_k \lambda_k \log \pi_k(y_j) - \log q(y_j)\\), from which the rewards of the mixture follow.
+        reference_log_ratios (`torch.Tensor` of shape `(N,)`, *optional*):
+            \\(\log \pi_{ref}(y_j) - \log q(y_j)\\), from which its divergence follows, and with it the shortfall.
 
     Returns:
         [`Certificate`]
@@ -375,19 +385,35 @@ def certify(
     )
     if rewards is not None:
         certificate.rewards, certificate.reward_errors = _mean_rewards(table.prompt, shares, rewards, counts)
-    if rewards is not None and mixture_log_ratios is not None:
-        ratios = mixture_log_ratios.unsqueeze(-1)
-        shares = (ratios - segment_logsumexp(ratios, table.prompt, num_prompts)[table.prompt]).exp()
-        found = _mean_rewards(table.prompt, shares, rewards, counts)
-        certificate.mixture_rewards, certificate.mixture_reward_errors = found
+    if rewards is None or mixture_log_ratios is None:
+        return certificate
+    # the mixture of the policies at hand, for whole completions
+    ratios = mixture_log_ratios.unsqueeze(-1)
+    log_sums = segment_logsumexp(ratios, table.prompt, num_prompts)
+    shares = (ratios - log_sums[table.prompt]).exp()
+    found = _mean_rewards(table.prompt, shares, rewards, counts)
+    certificate.mixture_rewards, certificate.mixture_reward_errors = found
+    if reference_log_ratios is not None:
+        log_normalizers = log_sums - torch.bincount(table.prompt).to(ratios).log().unsqueeze(-1)
+        divergence = _sums_by_prompt(table.prompt, shares * (ratios - reference_log_ratios.unsqueeze(-1)), num_prompts)
+        divergence = divergence - log_normalizers
+        gains = _sums_by_prompt(table.prompt, shares * table.advantages, num_prompts)
+        draws = torch.cat([counts.new_full((1, num_prompts), 1 / num_prompts), counts])
+        welfare = welfare if welfare is not None else MaxMin()
+        shortfalls = draws @ (by_prompt + divergence)[:, 0] - welfare.value(draws @ gains)
+        certificate.shortfall, certificate.shortfall_error = shortfalls[0].item(), shortfalls[1:].std().item()
     return certificate
+
+
+def _sums_by_prompt(prompt: torch.Tensor, values: torch.Tensor, num_prompts: int) -> torch.Tensor:
+    return values.new_zeros(num_prompts, values.shape[-1]).index_add_(0, prompt, values)
 
 
 def _mean_rewards(
     prompt: torch.Tensor, shares: torch.Tensor, rewards: torch.Tensor, counts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean rewards of completions that have shares in their prompts, and standard errors by the bootstrap."""
-    by_prompt = rewards.new_zeros(counts.shape[-1], rewards.shape[-1]).index_add_(0, prompt, shares * rewards)
+    by_prompt = _sums_by_prompt(prompt, shares * rewards, counts.shape[-1])
     return by_prompt.mean(0), (counts @ by_prompt).std(0)
 
 

@@ -242,3 +242,46 @@ def test_one_prompt_certifies_nothing():
     table = DualTable(torch.tensor([0, 0]), torch.zeros(2).double(), torch.zeros(2, 2).double())
     with pytest.raises(ValueError, match="at least 2 prompts"):
         certify(table, torch.tensor([0.5, 0.5]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_shortfall_is_what_the_best_policy_of_all_would_gain(seed):
+    """Against the enumeration: the welfare of a mixture of policies that are not optimal, and that of the best policy."""
+    enumeration, rewards = population(seed, 0.2)
+    beta, num_prompts, num_completions = 0.2, *rewards.shape[:2]
+    noise = torch.randn(rewards.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    policies = (enumeration.policies + 0.5 * noise).log_softmax(1)
+    prompt = torch.arange(num_prompts).repeat_interleave(num_completions)
+    advantages = (rewards / beta).reshape(-1, 3)
+    reference = enumeration.reference.flatten()
+    # all completions in equal numbers: a proposal without preferences
+    proposal = torch.full_like(reference, -math.log(num_completions))
+    table = reward_table(prompt, advantages, reference, proposal, normalize=False)
+    (weights,), (minimum,) = minimize_dual(table)
+    certificate = certify(
+        table,
+        weights,
+        rewards.reshape(-1, 3),
+        num_resamples=10,
+        mixture_log_ratios=(policies @ weights).flatten() - proposal,
+        reference_log_ratios=reference - proposal,
+    )
+    mixture = (policies @ weights).log_softmax(1)
+    gains = torch.einsum("py,pyk->k", mixture.exp(), rewards) / num_prompts
+    divergence = (mixture.exp() * (mixture - enumeration.reference)).sum(-1).mean()
+    torch.testing.assert_close(certificate.mixture_rewards, gains)
+    welfare = gains.min() / beta - divergence
+    assert certificate.shortfall == pytest.approx((minimum - welfare).item(), abs=1e-9)
+    assert certificate.shortfall > 0.01 and certificate.shortfall_error > 0
+    # the policy that is best for these weights has none
+    best = (enumeration.reference + (rewards @ weights) / beta).flatten()
+    certificate = certify(
+        table,
+        weights,
+        rewards.reshape(-1, 3),
+        num_resamples=2,
+        mixture_log_ratios=best - proposal,
+        reference_log_ratios=reference - proposal,
+    )
+    assert certificate.shortfall == pytest.approx(0, abs=1e-6)
+    torch.testing.assert_close(certificate.mixture_rewards, certificate.rewards)

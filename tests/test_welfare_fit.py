@@ -62,6 +62,9 @@ def test_fit_is_near_the_exact_optimum(tmp_path, options):
     torch.testing.assert_close(mixture_weights[:3], trainer.weights.detach())
     assert len(mixture_weights) == (3 if goal.welfare.on_simplex else 4)
     assert trainer.certificate.duality_gap == pytest.approx(0, abs=1e-6)
+    # the policies are optimal for the rewards, not for their z-scores or win rates
+    optimal = trainer.args.normalize_rewards not in ("z_score", "win_rate")
+    assert (abs(trainer.certificate.shortfall) < 1e-5) == optimal
 
 
 def test_what_leaves_the_simplex_is_a_mixture_with_the_reference(folders, tmp_path):  # noqa: F811

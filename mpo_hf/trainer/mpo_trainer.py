@@ -605,6 +605,8 @@ class MPOTrainer(MixtureSaving, Trainer):
             if certificate.mixture_rewards is not None:
                 for name, reward in zip(self.objective_names, certificate.mixture_rewards):
                     self.record("train", f"mixture_rewards/{name}", reward.reshape(1))
+            if certificate.shortfall is not None:
+                self.record("train", "shortfall", torch.tensor([certificate.shortfall]))
 
     def _warn_of_collapse(self, fraction: float) -> None:
         if fraction >= self.args.min_effective_sample_size or self._warned_collapse:

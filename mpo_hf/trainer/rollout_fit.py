@@ -37,6 +37,7 @@ class RolloutFit:
         self.certificate: Certificate | None = None
         self.proposal: Proposal = self._first_proposal()
         self._fitted_rows, self._is_new = 0, False
+        self._densities = torch.empty(0, dtype=torch.float64)  # log-densities of the rows in the table
         self._step, self._micro_batch = -1, 0
 
     def _first_proposal(self) -> Proposal:
@@ -215,18 +216,20 @@ class RolloutFit:
 
     def make_table(self, rows: int | None = None) -> DualTable:
         """The table of the dual objective of all completions so far, or of the first `rows` of them."""
-        numbers = self.numbers
-        rows = len(numbers) if rows is None else rows
-        column = {
-            name: torch.from_numpy(numbers[name][:rows]) for name in ("policy_logps", "reference_logps", "rewards")
-        }
-        prompt = torch.from_numpy(numbers["prompt"][:rows]).long()
-        density = torch.from_numpy(numbers.log_densities(rows, self.trainer.args.temperature == 1))
+        rows = len(self.numbers) if rows is None else rows
+        column = self._columns(rows)
+        prompt = column["prompt"].long()
+        self._densities = torch.from_numpy(self.numbers.log_densities(rows, self.trainer.args.temperature == 1))
         if self.trainer.args.objective == "implicit":
-            return self.trainer.goal.table(prompt, density, column["policy_logps"])
+            return self.trainer.goal.table(prompt, self._densities, column["policy_logps"])
         return self.trainer.goal.table(
-            prompt, density, reference_logps=column["reference_logps"], rewards=column["rewards"]
+            prompt, self._densities, reference_logps=column["reference_logps"], rewards=column["rewards"]
         )
+
+    def _columns(self, rows: int) -> dict[str, torch.Tensor]:
+        """Columns of the first rows, as tensors that share their memory."""
+        names = ("prompt", "policy_logps", "reference_logps", "rewards")
+        return {name: torch.from_numpy(self.numbers[name][:rows]) for name in names}
 
     def dual_objective(self, weights: torch.Tensor) -> torch.Tensor:
         """
@@ -244,14 +247,17 @@ class RolloutFit:
 
     @property
     def rewards(self) -> torch.Tensor | None:
-        """Rewards of all completions, shape `(N, K)`."""
-        rewards = torch.from_numpy(self.numbers["rewards"])
+        """Rewards of the completions in the table, shape `(N, K)`."""
+        rewards = self._columns(self._fitted_rows)["rewards"]
         return rewards if rewards.numel() and not rewards.isnan().any() else None
 
     def prepare_table(self) -> None:
-        """Makes the table anew when there are enough new rows."""
-        rows = len(self.numbers)
-        if rows >= self._fitted_rows * (1 + GROWTH):
+        """Makes the table anew when there are enough new rows, and at the end."""
+        trainer, rows = self.trainer, len(self.numbers)
+        # completions that are there already count together: on the way to them the weights only show where they go
+        growth = 1 if trainer._fits_given else GROWTH
+        is_last = trainer.state.global_step + 1 == trainer.state.max_steps and trainer.accelerator.sync_gradients
+        if rows >= self._fitted_rows * (1 + growth) or (is_last and rows > self._fitted_rows):
             self._fitted_rows, self.table, self._is_new = rows, self.make_table(), True
 
     def take_table(self) -> DualTable | None:
@@ -274,21 +280,23 @@ class RolloutFit:
                 confidence=args.confidence,
                 num_resamples=args.num_resamples,
                 welfare=self.trainer.goal.welfare,
-                mixture_log_ratios=self._mixture_log_ratios(weights),
+                **self._log_ratios(weights),
             )
         self._renew_proposal(weights)
         return True
 
-    def _mixture_log_ratios(self, weights: torch.Tensor) -> torch.Tensor | None:
-        """Log importance weights from the proposals to the mixture of these policies, where their logps are known."""
-        numbers, mixture_weights = self.numbers, self.trainer.goal.mixture_weights(weights)
-        logps = torch.from_numpy(numbers["policy_logps"])
+    def _log_ratios(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Log importance weights from the proposals to the mixture of these policies and to the reference, where known."""
+        column, mixture_weights = self._columns(self._fitted_rows), self.trainer.goal.mixture_weights(weights)
+        logps, reference_logps = column["policy_logps"], column["reference_logps"]
         if len(mixture_weights) > logps.shape[-1]:
-            logps = torch.cat([logps, torch.from_numpy(numbers["reference_logps"]).unsqueeze(-1)], dim=-1)
-        if logps.isnan().any():
-            return None
-        density = numbers.log_densities(len(numbers), self.trainer.args.temperature == 1)
-        return logps @ mixture_weights - torch.from_numpy(density)
+            logps = torch.cat([logps, reference_logps.unsqueeze(-1)], dim=-1)
+        if self.trainer.args.objective == "implicit" or logps.isnan().any():
+            return {}
+        return {
+            "mixture_log_ratios": logps @ mixture_weights - self._densities,
+            "reference_log_ratios": reference_logps - self._densities,
+        }
 
     def _renew_proposal(self, weights: torch.Tensor) -> None:
         usable = self.table.effective_sample_sizes(weights).mean().item()
