@@ -1,0 +1,192 @@
+"""
+How long a fit takes, next to the time of generating its completions with the bare reference model.
+
+    python examples/benchmarks/fit_time.py --threads 2
+
+The three adapters of `examples/policies/` over SmolLM2-135M, with the rewards of `examples/rewards.py`. Every repetition
+runs `AutoModelForCausalLM.generate` of the base for the same prompts in the same batches, and then one fit of every kind, so
+that all of them meet the same load of the machine. What counts is the ratio of `trainer.train()` to the former, whose
+median over the repetitions is printed with its quartiles, and where the time of the fit goes, in the same unit:
+
+- generation; scoring: the passes for log-probabilities of the policies and of the reference that sampling has not told
+- rewards; weights: the table, its minimum, the certificate; writing: shards and a checkpoint at every step
+
+Rewards are not normalised: with the mixture as proposal, `normalize_rewards=True` and `estimator="bsmd"`, completions of every
+policy are drawn once before the first step, which no other kind of fit needs.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
+
+from mpo_hf import MixturePolicyModel, MPOConfig, MPOTrainer
+from mpo_hf.rollouts import pad_ids, tokenize_prompts
+
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from prompts import load_prompts  # noqa: E402
+from quickstart import OBJECTIVES, open_policies  # noqa: E402
+from rewards import REWARD_FUNCS  # noqa: E402
+from smollm2 import base_spec, load_tokenizer  # noqa: E402
+
+
+KINDS = [(estimator, proposal) for proposal in ("reference", "mixture") for estimator in ("bsmd", "mis")]
+PARTS = ["generation", "policies' scoring", "reference's scoring", "rewards", "weights", "writing"]
+
+Clock = Callable[[], float]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=8, help="prompts of a fit")
+    parser.add_argument("--num_generations", type=int, default=8, help="completions a prompt")
+    parser.add_argument("--batch_size", type=int, default=32, help="completions a step")
+    parser.add_argument("--max_completion_length", type=int, default=32, help="tokens a completion")
+    parser.add_argument("--logps_batch_size", type=int, default=8, help="completions a pass when scoring")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="count the CPU time of the process, for machines that have other work"
+    )
+    return parser.parse_args()
+
+
+def generate(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list, args: argparse.Namespace
+) -> None:
+    """What a user without a mixture would run."""
+    config = GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=args.max_completion_length,
+        num_return_sequences=args.num_generations,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    size = args.batch_size // args.num_generations
+    for start in range(0, len(prompts), size):
+        ids = tokenize_prompts(prompts[start : start + size], tokenizer)
+        ids, mask = pad_ids(ids, tokenizer.pad_token_id, left=True)
+        base.generate(ids, attention_mask=mask, generation_config=config)
+
+
+def make_trainer(
+    model: MixturePolicyModel, tokenizer: PreTrainedTokenizerBase, kind: tuple[str, str], folder: str, args
+) -> MPOTrainer:
+    model.mixture_weights = [1 / len(OBJECTIVES)] * len(OBJECTIVES)
+    return MPOTrainer(
+        model=model,
+        reward_funcs=[REWARD_FUNCS[name] for name in OBJECTIVES],
+        args=MPOConfig(
+            output_dir=folder,
+            estimator=kind[0],
+            proposal=kind[1],
+            beta=0.2,
+            normalize_rewards=False,
+            num_generations=args.num_generations,
+            per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=args.batch_size,
+            logps_batch_size=args.logps_batch_size,
+            max_completion_length=args.max_completion_length,
+            num_train_epochs=1,
+            max_steps=-1,
+            disable_tqdm=True,
+            report_to="none",
+        ),
+        train_dataset=load_prompts("train").shuffle(seed=0).select(range(args.prompts)),
+        processing_class=tokenizer,
+    )
+
+
+def time_parts(trainer: MPOTrainer, clock: Clock) -> dict[str, float]:
+    """A dictionary that fills with the seconds that parts of a fit take while it runs."""
+    seconds: dict[str, float] = defaultdict(float)
+
+    def watch(part: str, owner: object, name: str) -> None:
+        method = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            start = clock()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                seconds[part] += clock() - start
+
+        setattr(owner, name, timed)
+
+    watch("generation", trainer, "sample")
+    watch("policies' scoring", trainer, "policy_logps")
+    watch("reference's scoring", trainer, "reference_logps")
+    watch("rewards", trainer, "score_rewards")
+    watch("writing", trainer, "_save_checkpoint")
+    if trainer.rollouts is not None:
+        watch("policies' scoring", trainer.rollouts, "_mixture_logps")
+        watch("weights", trainer.rollouts, "prepare_table")
+        watch("weights", trainer.rollouts, "certify")
+        watch("writing", trainer.rollouts.store, "write")
+    create_optimizer = trainer.create_optimizer
+
+    def create_watched(*args, **kwargs):
+        optimizer = create_optimizer(*args, **kwargs)
+        watch("weights", optimizer, "step")
+        return optimizer
+
+    trainer.create_optimizer = create_watched
+    return seconds
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    logging.set_verbosity_error()
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    spec = base_spec()
+    base = AutoModelForCausalLM.from_pretrained(spec.pop("name_or_path"), **spec, dtype="float32").eval()
+    tokenizer, model = load_tokenizer(), open_policies()
+    prompts = load_prompts("train").shuffle(seed=0)["prompt"][: args.prompts]
+    bare: list[float] = []
+    fits: dict[tuple[str, str], list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    for repetition in range(args.repetitions + 1):  # the first one is not counted
+        set_seed(repetition)
+        start = clock()
+        generate(base, tokenizer, prompts, args)
+        bare.append(clock() - start)
+        for kind in KINDS:
+            with tempfile.TemporaryDirectory() as folder:
+                trainer = make_trainer(model, tokenizer, kind, folder, args)
+                seconds = time_parts(trainer, clock)
+                start = clock()
+                trainer.train()
+                seconds["all"] = clock() - start
+            fits[kind].append({part: seconds[part] / bare[-1] for part in ("all", *PARTS)})
+    print_table(args, bare[1:], {kind: ratios[1:] for kind, ratios in fits.items()}, clock)
+
+
+def print_table(args: argparse.Namespace, bare: list[float], fits: dict, clock: Clock) -> None:
+    print(
+        f"SmolLM2-135M, float32, {args.threads} threads, {clock.__name__}, {args.prompts} prompts x {args.num_generations} "
+        f"completions of up to {args.max_completion_length} tokens, {args.batch_size} at a time. Bare generation takes "
+        f"{statistics.median(bare):.1f} s; all else in multiples of it:\n"
+    )
+    print("| proposal | estimator | fit | " + " | ".join(PARTS) + " | rest |")
+    print("|" + "---|" * (len(PARTS) + 4))
+    for (estimator, proposal), ratios in fits.items():
+        cells = [f"{statistics.median(r[part] for r in ratios):.2f}" for part in PARTS]
+        rest = statistics.median(r["all"] - sum(r[part] for part in PARTS) for r in ratios)
+        low, middle, high = statistics.quantiles([r["all"] for r in ratios], n=4)
+        fit = f"**{middle:.2f}** ({low:.2f} to {high:.2f})"
+        print(f"| {proposal} | {estimator} | {fit} | " + " | ".join([*cells, f"{rest:.2f}"]) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
