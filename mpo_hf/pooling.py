@@ -6,6 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 
+# Numbers that are worked on at a time where nothing is differentiated: beside its result, pooling takes the memory of a
+# few as many, whatever the batch and the vocabulary. More would not be faster, on a CPU they would leave its cache.
+AT_A_TIME = {"cpu": 2**18, "other": 2**24}
+
+
 def log_linear_pool(logits: Iterable[torch.Tensor], weights: torch.Tensor | Sequence[float]) -> torch.Tensor:
     r"""
     Pools next-token distributions log-linearly.
@@ -42,22 +47,72 @@ def log_linear_pool(logits: Iterable[torch.Tensor], weights: torch.Tensor | Sequ
     tensor([[0.2806, 0.2174, 0.5020]])
     ```
     """
-    if isinstance(weights, torch.Tensor):
-        weights = weights.unbind(-1)
+    remaining = iter(weights.unbind(-1) if isinstance(weights, torch.Tensor) else weights)
     pooled = None
-    for k, component_logits in enumerate(logits):
-        dtype = torch.promote_types(component_logits.dtype, torch.float32)
-        logps = torch.log_softmax(component_logits, dim=-1, dtype=dtype)
-        weight = weights[k]
+    for component_logits in logits:
+        weight = next(remaining)
         if isinstance(weight, torch.Tensor):
-            weight = weight.to(device=logps.device, dtype=dtype)
-            weight = weight.reshape(weight.shape + (1,) * (logps.ndim - weight.ndim))
-            # 0 * -inf is NaN, but a component of weight zero has no say
-            term = torch.where(weight == 0, torch.zeros_like(logps), weight * logps)
+            weight = weight.to(component_logits.device).reshape(
+                weight.shape + (1,) * (component_logits.ndim - weight.ndim)
+            )
+        if torch.compiler.is_compiling() or _is_differentiated(component_logits, weight, pooled):
+            term = _weighted_logps(component_logits, weight)
+            pooled = term if pooled is None else pooled + term.to(pooled.device)
         else:
-            term = weight * logps if weight else torch.zeros_like(logps)
-        pooled = term if pooled is None else pooled + term.to(pooled.device)
+            pooled = _add_weighted_logps(pooled, component_logits, weight)
+        del component_logits  # before the next one is computed
     return pooled
+
+
+def _is_differentiated(*tensors: torch.Tensor | float | None) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
+
+
+def _weighted_logps(logits: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
+    """Weighted log-probabilities; 0 * -inf is NaN, but a component of weight zero has no say."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    logps = torch.log_softmax(logits, dim=-1, dtype=dtype)
+    if isinstance(weight, torch.Tensor):
+        weight = weight.to(dtype)
+        return torch.where(weight == 0, torch.zeros_like(logps), weight * logps)
+    return weight * logps if weight else torch.zeros_like(logps)
+
+
+def _add_weighted_logps(
+    pooled: torch.Tensor | None, logits: torch.Tensor, weight: torch.Tensor | float
+) -> torch.Tensor:
+    """Adds weighted log-probabilities to `pooled`, or begins it, some rows at a time."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    begins = pooled is None
+    pooled = logits.new_empty(logits.shape, dtype=dtype) if begins else pooled
+    pooled = pooled.to(torch.promote_types(dtype, pooled.dtype))
+    if isinstance(weight, torch.Tensor):
+        weight = weight.expand(*logits.shape[:-1], 1)
+    for part in row_parts(logits):
+        term = _weighted_logps(logits[part], weight[part] if isinstance(weight, torch.Tensor) else weight)
+        if begins:
+            pooled[part] = term
+        else:
+            pooled[part] += term.to(pooled.device)
+    return pooled
+
+
+def row_parts(logits: torch.Tensor) -> Iterator[tuple[int | slice, ...]]:
+    """Indices of parts of a tensor: whole rows of its last dimension, as many as are worked on at a time."""
+    yield from _parts(logits.shape, AT_A_TIME["cpu" if logits.device.type == "cpu" else "other"])
+
+
+def _parts(shape: torch.Size, size: int) -> Iterator[tuple[int | slice, ...]]:
+    count = shape.numel()
+    if len(shape) == 1 or count <= size:
+        yield ()
+        return
+    inner = count // shape[0]
+    if inner <= size:
+        step = size // inner
+        yield from ((slice(start, start + step),) for start in range(0, shape[0], step))
+    else:
+        yield from ((i, *rest) for i in range(shape[0]) for rest in _parts(shape[1:], size))
 
 
 def rule_out_implausible(logits: Iterable[torch.Tensor], plausibility: float) -> Iterator[torch.Tensor]:
@@ -76,10 +131,13 @@ def rule_out_implausible(logits: Iterable[torch.Tensor], plausibility: float) ->
         `Iterator[torch.Tensor]`: the same K tensors, the first one with `-inf` entries.
     """
     iterator = iter(logits)
-    first = next(iterator)
-    threshold = first.max(dim=-1, keepdim=True).values + math.log(plausibility)
-    yield first.masked_fill(first < threshold, -torch.inf)
+    yield _rule_out(next(iterator), plausibility)
     yield from iterator
+
+
+def _rule_out(logits: torch.Tensor, plausibility: float) -> torch.Tensor:
+    threshold = logits.max(dim=-1, keepdim=True).values + math.log(plausibility)
+    return logits.masked_fill(logits < threshold, -torch.inf)
 
 
 def log_normalizer(pooled_logps: torch.Tensor) -> torch.Tensor:
@@ -96,4 +154,9 @@ def log_normalizer(pooled_logps: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(...)`.
     """
-    return torch.logsumexp(pooled_logps, dim=-1)
+    if torch.compiler.is_compiling() or _is_differentiated(pooled_logps):
+        return torch.logsumexp(pooled_logps, dim=-1)
+    log_z = pooled_logps.new_empty(pooled_logps.shape[:-1])
+    for part in row_parts(pooled_logps):
+        log_z[part] = torch.logsumexp(pooled_logps[part], dim=-1)
+    return log_z

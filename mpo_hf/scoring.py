@@ -17,15 +17,12 @@ from .component_loading import PolicyHandle
 from .configuration_mixture import MixturePolicyConfig
 from .mixture_cache import component_views
 from .modeling_mixture import MixturePolicyModel
-from .pooling import log_linear_pool
+from .pooling import log_linear_pool, row_parts
 from .stacked_cache import can_stack
 
 
 if TYPE_CHECKING:
     from .rollouts import Completions
-
-# Logits that are normalised at a time: what that takes in memory does not grow with completions and vocabulary.
-LOGITS_AT_A_TIME = 2**21
 
 
 class CompletionScorer:
@@ -116,17 +113,16 @@ def token_logps(
     Returns:
         `torch.Tensor` of shape `(...)`, in float32 (float64 for float64 logits).
     """
-    vocab_size = logits[0].shape[-1]
-    flat_ids = ids.to(logits[0].device).reshape(-1, 1)
-    flat = [component.reshape(-1, vocab_size) for component in logits]
-    found = []
-    for ids_part, *parts in zip(*(t.split(max(1, LOGITS_AT_A_TIME // vocab_size)) for t in (flat_ids, *flat))):
+    first = logits[0]
+    logps = first.new_empty(ids.shape, dtype=torch.promote_types(first.dtype, torch.float32))
+    ids = ids.to(first.device).unsqueeze(-1)
+    for part in row_parts(first):
         if weights is None:
-            scores = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32))
+            scores = first[part].to(logps.dtype)
         else:
-            scores = log_linear_pool(parts, weights) / temperature
-        found.append(scores.gather(-1, ids_part).squeeze(-1) - torch.logsumexp(scores, dim=-1))
-    return torch.cat(found).view(ids.shape)
+            scores = log_linear_pool([component[part] for component in logits], weights) / temperature
+        logps[part] = scores.gather(-1, ids[part]).squeeze(-1) - torch.logsumexp(scores, dim=-1)
+    return logps
 
 
 def sum_over_tokens(logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

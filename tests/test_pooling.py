@@ -1,9 +1,14 @@
 """Log-linear pooling of next-token distributions, checked against the definition written out."""
 
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from mpo_hf.pooling import log_linear_pool, log_normalizer
+from mpo_hf import pooling
+from mpo_hf.pooling import log_linear_pool, log_normalizer, rule_out_implausible
 
 
 def random_logits(count=3, rows=4, length=5, vocab=7, dtype=torch.float32, seed=0):
@@ -86,19 +91,71 @@ def test_negative_weights_subtract_a_component():
     torch.testing.assert_close(pooled, 2 * expert.log_softmax(-1) - amateur.log_softmax(-1))
 
 
-def test_components_are_asked_for_one_at_a_time():
-    alive, most = [], 0
+@pytest.mark.parametrize("pool", [log_linear_pool, lambda x, w: log_linear_pool(rule_out_implausible(x, 0.1), w)])
+def test_a_component_is_let_go_before_the_next_is_asked_for(pool):
+    before = []
 
     def components():
-        nonlocal most
-        for logits in random_logits(count=3):
-            alive.append(logits)
-            most = max(most, len(alive))
+        for seed in range(3):
+            (logits,) = random_logits(count=1, seed=seed)
+            assert all(tensor() is None for tensor in before)
+            before.append(weakref.ref(logits))
             yield logits
-            alive.remove(next(x for x in alive if x is logits))
+            del logits
 
-    log_linear_pool(components(), torch.tensor([0.2, 0.5, 0.3]))
-    assert most == 1
+    assert pool(components(), torch.tensor([0.2, 0.5, 0.3])).isfinite().any()
+    assert len(before) == 3
+
+
+class Storages(TorchDispatchMode):
+    """Sizes in bytes of all storages that are made inside of it."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.sizes = {tensor.untyped_storage().data_ptr(): 0 for tensor in known}
+        self.kept = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.sizes.setdefault(storage.data_ptr(), storage.nbytes())
+                self.kept.append(storage)  # so that no other is put into its place
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", [[0.2, 0.5, 0.3], torch.full((4, 3), 1 / 3)], ids=["numbers", "by row"])
+def test_nothing_but_the_result_is_of_the_size_of_the_logits(dtype, weights, monkeypatch):
+    logits = random_logits(dtype=dtype)
+    monkeypatch.setitem(pooling.AT_A_TIME, "cpu", 2 * 7)
+    with torch.no_grad(), Storages(*logits) as made:
+        pooled = log_linear_pool(logits, weights)
+        log_normalizer(pooled)
+    sizes = sorted(made.sizes.values(), reverse=True)
+    assert sizes[0] == pooled.numel() * 4
+    assert sizes[1] <= 4 * 5 * 4  # log Z; parts are smaller
+
+
+BY_ROW = torch.tensor([[0.2, 0.8, 0.0], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2 * 7, 3 * 5 * 7, 10**6])
+@pytest.mark.parametrize(
+    "rank, weights", [(1, [0.2, 0.0, 0.8]), (2, torch.tensor([0.4, 0.6, 0.0])), (3, [0.2, 0.5, 0.3]), (3, BY_ROW)]
+)
+def test_parts_add_up_to_what_is_differentiated(at_a_time, rank, weights, monkeypatch):
+    monkeypatch.setitem(pooling.AT_A_TIME, "cpu", at_a_time)
+    logits = [x[(0,) * (3 - rank)] for x in random_logits()]
+    logits[0][..., 2] = -torch.inf
+    if rank > 1:  # rows need not lie side by side in memory
+        logits[2] = logits[2].mT.contiguous().mT
+    expected = log_linear_pool([x.clone().requires_grad_() for x in logits], weights)
+    assert expected.requires_grad
+    found = log_linear_pool(logits, weights)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(log_normalizer(found), log_normalizer(expected))
 
 
 def test_gradients_reach_weights_and_logits():

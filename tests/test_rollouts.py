@@ -6,7 +6,7 @@ from helpers import BOS, EOS, PAD, SIZES, VOCAB, load_lora, save_lora, save_tiny
 from toy import LENGTH, PROMPTS, VOCAB_SIZE, enumerate_completions, sequence_logps, toy_policy, toy_tokenizer
 from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
-from mpo_hf import MixturePolicyModel, scoring
+from mpo_hf import MixturePolicyModel, pooling, scoring
 from mpo_hf.rollouts import (
     completion_logps,
     mixture_logps,
@@ -247,7 +247,7 @@ def test_token_log_probabilities_some_positions_at_a_time(dtype, monkeypatch):
     logits = [3 * torch.randn(2, 5, VOCAB, generator=torch.Generator().manual_seed(k)).to(dtype) for k in range(2)]
     logits[0][..., 3] = -torch.inf
     ids = torch.arange(10).view(2, 5) % 3
-    monkeypatch.setattr(scoring, "LOGITS_AT_A_TIME", 3 * VOCAB + 1)
+    monkeypatch.setitem(pooling.AT_A_TIME, "cpu", 3 * VOCAB + 1)
     steps = [component.double().log_softmax(-1) for component in logits]
     pooled = ((0.4 * steps[0] + 0.6 * steps[1]) / 0.7).log_softmax(-1)
     for found, step in (
