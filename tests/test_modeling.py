@@ -69,6 +69,19 @@ def test_logits_are_computed_for_the_positions_to_keep(case, keep, ids):
     torch.testing.assert_close(kept, expected, **CLOSE)
 
 
+def test_generation_computes_logits_of_one_position_a_step(case):
+    shapes = []
+    case.model.generate(
+        **left_pad(PROMPTS), max_new_tokens=1, do_sample=False, pad_token_id=PAD
+    )  # adapters are tried out
+    heads = {id(head): head for b in case.model.backbones if (head := b.get_output_embeddings()) is not None}
+    hooks = [h.register_forward_hook(lambda _, args, out: shapes.append(out.shape[:2])) for h in heads.values()]
+    case.model.generate(**left_pad(PROMPTS), max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=PAD)
+    for hook in hooks:
+        hook.remove()
+    assert len(shapes) >= 3 and {length for _, length in shapes} == {1}
+
+
 class OlderLlama(LlamaForCausalLM):
     """A Llama whose forward knows neither `logits_to_keep` nor `position_ids`."""
 

@@ -1,0 +1,80 @@
+"""
+What it takes in memory and time to pool the logits of K components.
+
+    python examples/benchmarks/pooling.py --threads 2
+
+`log_linear_pool` adds components up in place, some rows at a time. Beside it: the same with tensors of the full size, as it
+still runs where something is differentiated. The two take turns, and the median of the ratio of their times is printed
+with its quartiles. Memory is what a call takes on top of the logits of a component (Linux), in copies of them in float32:
+one of those is the result.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+from stacked_adapters import interleaved, peak_memory, quartiles
+
+from mpo_hf.pooling import log_linear_pool
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--components", type=int, default=3, help="number of components, K")
+    parser.add_argument("--vocab_sizes", type=int, nargs="+", default=[49152, 128256])
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1, 512])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--repetitions", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="count the CPU time of the process, for machines that have other work"
+    )
+    return parser.parse_args()
+
+
+def pool_whole(logits: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
+    """Pooling by tensors of the full size."""
+    pooled = None
+    for component_logits, weight in zip(logits, weights):
+        term = weight * torch.log_softmax(component_logits, dim=-1, dtype=torch.float32)
+        pooled = term if pooled is None else pooled + term
+    return pooled
+
+
+@torch.no_grad()
+def measure(logits: torch.Tensor, args: argparse.Namespace) -> list[str]:
+    """Cells of a row, for one tensor that stands for all components: what these themselves hold is not counted."""
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    components, weights = [logits] * args.components, [1 / args.components] * args.components
+    ways = {
+        "in place": lambda: log_linear_pool(components, weights),
+        "whole": lambda: pool_whole(components, weights),
+    }
+    seconds = interleaved(ways, args.repetitions, clock)
+    copy = logits.numel() * 4 / 2**20
+    copies = [f"{peak_memory(way) / copy:.2f}" for way in ways.values()]
+    gain = [whole / own for whole, own in zip(seconds["whole"], seconds["in place"])]
+    return [f"{copy:.1f}", *copies, f"{statistics.median(seconds['in place']) * 1000:.1f}", quartiles(gain)]
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"{args.components} components, batch {args.batch_size}, {args.threads} threads:\n")
+    print(
+        "| logits | length | vocabulary | one copy, MiB | in place, copies | whole, copies | in place, ms | whole / in place |"
+    )
+    print("|" + "---|" * 8)
+    for dtype in args.dtypes:
+        for length in args.lengths:
+            for vocab_size in args.vocab_sizes:
+                logits = torch.randn(args.batch_size, length, vocab_size, dtype=getattr(torch, dtype))
+                print(
+                    "| " + " | ".join([dtype, str(length), str(vocab_size), *measure(logits, args)]) + " |", flush=True
+                )
+
+
+if __name__ == "__main__":
+    main()
