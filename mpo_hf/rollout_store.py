@@ -232,8 +232,28 @@ class StoredCompletions(torch.utils.data.Dataset):
             path, index = self._groups[group]
             with pyarrow.parquet.ParquetFile(path) as shard:
                 table = shard.read_row_group(index, columns=self.column_names, use_threads=False)
-            self._last = (group, Dataset(table))
+            # a fingerprint of its own would take longer than reading it
+            self._last = (group, Dataset(table, fingerprint=f"{path.name}-{index}"))
         return self._last[1]
+
+
+class GivenRows(Sequence):
+    """
+    A batch of a dataset of completions. It is no list: that Trainer and Accelerate would look through for tensors, down to
+    every number, which takes longer than all else that is done with it.
+    """
+
+    def __init__(self, rows: list[dict[str, Any]]):
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._rows[index]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._rows)
 
 
 def given_rollouts(

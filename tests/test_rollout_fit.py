@@ -15,11 +15,13 @@ from datasets import Dataset, load_dataset
 from test_fit_exactness import FAR, fit
 from test_trainer import Interrupt, count_b, count_c, folders, make_args, make_trainer  # noqa: F401
 from toy import PROMPTS, sequence_logps, toy_tokenizer
+from transformers import AutoModelForCausalLM, QuantoConfig
 
 from mpo_hf import MixturePolicyModel, MPOTrainer
-from mpo_hf.estimation import minimize_dual
+from mpo_hf.estimation import DualTable, certify, minimize_dual
 from mpo_hf.rewards import RewardError
 from mpo_hf.rollout_store import write_whole
+from mpo_hf.trainer import rollout_fit
 
 
 LABELS = ["a", "b"]
@@ -129,6 +131,48 @@ def test_proposals_that_drew_for_one_prompt_are_weighed_together(trainer, folder
     torch.testing.assert_close(found, torch.stack(expected).double(), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_no_row_is_left_out_at_the_end_and_none_is_used_early(trainer, folders, tmp_path, monkeypatch, given):  # noqa: F811
+    """
+    Two batches a step. The table is made at the first one of the second step, without the rows of the second one, and
+    would not be made again for it if this were not the last step.
+    """
+    run = trainer(max_steps=3, gradient_accumulation_steps=2, proposal="mixture")
+    if given:
+        run.train()
+        run = refit(
+            folders, tmp_path / "run" / "_rollouts", tmp_path, gradient_accumulation_steps=2, proposal="mixture"
+        )
+    monkeypatch.setattr(rollout_fit, "GROWTH", 0.5)
+    sizes = []
+    make_table = run.rollouts.make_table
+    monkeypatch.setattr(
+        run.rollouts, "make_table", lambda *rows: sizes.append(len(run.rollouts.numbers)) or make_table(*rows)
+    )
+    run.train()
+    assert sizes == ([8, 16, 32, 48] if given else [8, 16, 24, 40, 48])
+    (weights,), _ = minimize_dual(make_table())
+    torch.testing.assert_close(run.weights.detach(), weights, atol=1e-9, rtol=0)
+    assert run.certificate.rewards.tolist() == pytest.approx(
+        certify(make_table(), weights, run.rollouts.rewards).rewards.tolist()
+    )
+
+
+def test_the_dual_objective_is_computed_once_for_a_table_and_weights(trainer, monkeypatch):
+    run = trainer(max_steps=2)
+    run.train()
+    weights = torch.tensor([0.3, 0.7], dtype=torch.float64, requires_grad=True)
+    expected = run.rollouts.table.by_prompt(weights.unsqueeze(0))[0].mean()
+    (gradient,) = torch.autograd.grad(expected, weights)
+    for _ in range(2):
+        found = run.rollouts.dual_objective(weights)
+        assert torch.equal(found, expected)
+        assert torch.equal(torch.autograd.grad(found, weights)[0], gradient)
+        monkeypatch.setattr(DualTable, "by_prompt", never)
+    with pytest.raises(AssertionError, match="should not have been called"):
+        run.rollouts.dual_objective(weights.detach() + torch.tensor([0.1, -0.1]))
+
+
 # ---- fitting what is kept ----
 
 
@@ -167,6 +211,54 @@ def test_a_table_from_elsewhere_is_completed(trainer, folders, tmp_path):  # noq
     given = refit(folders, texts, tmp_path, "texts", rewards=[count_c, count_b])
     given.train()
     torch.testing.assert_close(given.weights, run.weights, atol=1e-4, rtol=0)
+
+
+# ---- policies on devices of their own ----
+
+
+PLACES = {
+    "second on disk": {"component_0": "cpu", "component_1": "disk"},
+    "reference on disk": {"component_0": "cpu", "component_1": "cpu", "reference": "disk"},
+    "all on disk": "disk",
+}
+
+
+@pytest.mark.parametrize("estimator", ["bsmd", "mis"])
+@pytest.mark.parametrize("proposal", ["mixture", "reference"])
+def test_where_policies_lie_changes_nothing(trainer, folders, tmp_path, estimator, proposal):  # noqa: F811
+    """Accelerate's offloading moves weights in and out as on a GPU; here they compute on the CPU all the same."""
+    found = {}
+    for place, device_map in {"in memory": None, **PLACES}.items():
+        kwargs = {"device_map": device_map, "offload_folder": tmp_path / "offload"} if device_map else {}
+        mixture = MixturePolicyModel.from_policies(
+            [folders / label for label in LABELS], reference=folders / "ref", labels=LABELS, **kwargs
+        )
+        run = trainer(
+            place, mixture, estimator=estimator, proposal=proposal, refresh_below=1.0, max_steps=3, save_strategy="no"
+        )
+        run.train()
+        on_disk = [any(p.is_meta for p in policy.parameters()) for policy in (*run.policies, run.reference_policy)]
+        assert any(on_disk) == (device_map is not None)
+        found[place] = run.weights.tolist()
+    assert set(map(tuple, found.values())) == {tuple(found["in memory"])}
+    assert found["in memory"] != [0.5, 0.5]
+
+
+@pytest.mark.parametrize("estimator", ["bsmd", "mis"])
+def test_a_quantised_policy_beside_a_plain_one_is_fitted_as_it_is(trainer, folders, estimator):  # noqa: F811
+    quantisation = QuantoConfig(weights="int8")
+    found = []
+    for policies, kwargs in (
+        ([folders / "a", folders / "b"], {"quantization_config": {"component_1": quantisation}}),
+        ([folders / "a", AutoModelForCausalLM.from_pretrained(folders / "b", quantization_config=quantisation)], {}),
+        ([folders / "a", folders / "b"], {}),
+    ):
+        mixture = MixturePolicyModel.from_policies(policies, reference=folders / "ref", labels=LABELS, **kwargs)
+        options = {"estimator": estimator, "proposal": "mixture", "max_steps": 3, "save_strategy": "no"}
+        run = trainer(str(len(found)), mixture, **options)
+        run.train()
+        found.append(run.weights.tolist())
+    assert found[0] == found[1] != found[2]
 
 
 # ---- interruptions ----
@@ -224,6 +316,25 @@ def test_a_full_disk_leaves_no_half_shard_and_doubles_none(trainer, tmp_path, mo
         resumed.train()
     assert torch.equal(resumed.weights, whole.weights)
     assert resumed.rollouts.numbers == whole.rollouts.numbers
+
+
+def test_shards_of_a_process_that_is_ahead_are_not_read_before_it_tells_of_them(trainer, tmp_path, monkeypatch):
+    """A process that begins late finds what others have written in the meantime."""
+    trainer().train()
+    store = tmp_path / "run" / "_rollouts"
+    ahead = {path: path.read_bytes() for path in store.glob("*-00000004-0000.parquet")}
+    run = trainer()
+    discard = run.rollouts.store.discard_after
+
+    def discard_and_see_others_go_ahead(step):
+        discard(step)
+        for path, content in ahead.items():
+            path.write_bytes(content)
+
+    monkeypatch.setattr(run.rollouts.store, "discard_after", discard_and_see_others_go_ahead)
+    run.rollouts.begin(3, None)
+    assert len(ahead) > 0 and len(run.rollouts.store.shards()) == 4
+    assert len(run.rollouts.numbers) == 3 * 8
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):

@@ -29,7 +29,7 @@ from ..modeling_mixture import MixturePolicyModel
 from ..objectives import dual_objective, effective_sample_size, implicit_dual_objective, on_policy_objective
 from ..optim import DualMinimizer, MirrorDescent
 from ..rewards import RewardModelSpec, make_reward_functions, normalize_rewards
-from ..rollout_store import COLUMNS, RolloutStore, given_rollouts
+from ..rollout_store import COLUMNS, GivenRows, RolloutStore, given_rollouts
 from ..rollouts import (
     Completions,
     completion_texts,
@@ -254,7 +254,9 @@ class MPOTrainer(MixtureSaving, Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         if self._fits_given:
-            return self._prompt_dataloader(self.train_dataset, self.args.per_device_train_batch_size, shuffle=False)
+            return self._prompt_dataloader(
+                self.train_dataset, self.args.per_device_train_batch_size, shuffle=False, collate_fn=GivenRows
+            )
         return self._prompt_dataloader(
             self.train_dataset, self.args.train_prompts_per_device, self.args.shuffle_dataset, whole_batches=True
         )
@@ -268,14 +270,23 @@ class MPOTrainer(MixtureSaving, Trainer):
         return self._prompt_dataloader(dataset, self.args.eval_prompts_per_device, shuffle=False)
 
     def _prompt_dataloader(
-        self, dataset: Dataset | IterableDataset, batch_size: int, shuffle: bool, whole_batches: bool = False
+        self,
+        dataset: Dataset | IterableDataset,
+        batch_size: int,
+        shuffle: bool,
+        whole_batches: bool = False,
+        collate_fn: Callable | None = None,
     ) -> DataLoader:
         streamed = isinstance(dataset, IterableDataset)
         shuffle = shuffle and not streamed
         # a step on the few prompts that an epoch leaves over would be a noisier one
         drop_last = whole_batches and (streamed or len(dataset) >= batch_size * self.accelerator.num_processes)
         loader = DataLoader(
-            dataset, batch_size=batch_size, shuffle=shuffle, collate_fn=self.data_collator, drop_last=drop_last
+            dataset,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            collate_fn=collate_fn or self.data_collator,
+            drop_last=drop_last,
         )
         return self.accelerator.prepare(loader)
 

@@ -192,15 +192,14 @@ class RolloutFit:
         rows: dict[str, list],
         densities: dict[str, list],
     ) -> None:
-        prompt_ids = [ids[mask].tolist() for ids, mask in zip(completions.prompt_ids, completions.prompt_mask.bool())]
-        texts = {
-            **{name: [example[name] for example in examples] for name in examples[0] if name not in COLUMNS},
-            "prompt_ids": prompt_ids,
-            "completion_ids": completions.id_lists(),
-        }
+        texts = {name: [example[name] for example in examples] for name in examples[0] if name not in COLUMNS}
+        if "prompt_ids" not in rows:
+            masked = zip(completions.prompt_ids, completions.prompt_mask.bool())
+            texts["prompt_ids"] = [ids[mask].tolist() for ids, mask in masked]
+        if "completion_ids" not in rows:
+            texts["completion_ids"] = completions.id_lists()
         if "completion" not in rows:
-            prompts = [example["prompt"] for example in examples]
-            texts["completion"] = completion_texts(completions, prompts, self.trainer.processing_class)
+            texts["completion"] = completion_texts(completions, texts["prompt"], self.trainer.processing_class)
         if densities["id"]:
             self.store.write("densities", step, part, densities)
         self.store.write("rollouts", step, part, {**texts, **rows})

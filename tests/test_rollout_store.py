@@ -1,0 +1,221 @@
+"""Where completions are kept: shards, what is read of them, and the columns of their numbers."""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from mpo_hf import rollout_store
+from mpo_hf.estimation import balance_heuristic
+from mpo_hf.rollout_store import RolloutStore, StoredCompletions, first_id
+from mpo_hf.trainer import rollout_numbers
+from mpo_hf.trainer.rollout_numbers import Numbers
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
+import rollout_store as benchmark  # noqa: E402
+
+
+# ---- columns, beside lists and dictionaries that say the same ----
+
+
+class Plain:
+    """What `Numbers` says, by looking at every row of a list."""
+
+    def __init__(self):
+        self.rows, self.densities = [], {}
+
+    def extend(self, rows):
+        for row in rows.to_pylist():
+            if row["id"] not in [known["id"] for known in self.rows]:
+                self.rows.append({**row, "proposal": tuple(row["proposal"])})
+
+    def extend_densities(self, rows):
+        self.densities |= {(row["id"], tuple(row["proposal"])): row["logps"] for row in rows.to_pylist()}
+
+    def proposals_of(self, keys):
+        return sorted({row["proposal"] for row in self.rows if row["prompt_key"] in keys})
+
+    def unknown_under(self, proposal, keys):
+        return [
+            row["id"]
+            for row in self.rows
+            if row["prompt_key"] in keys
+            and row["proposal"] != proposal
+            and (row["id"], proposal) not in self.densities
+        ]
+
+    def log_densities(self, count, all_under_reference):
+        rows = self.rows[:count]
+        prompts = {key: i for i, key in enumerate(dict.fromkeys(row["prompt_key"] for row in rows))}
+        proposals = {proposal: i for i, proposal in enumerate(dict.fromkeys(row["proposal"] for row in rows))}
+        logps = torch.full((count, len(proposals)), torch.nan, dtype=torch.float64)
+        for i, row in enumerate(rows):
+            for proposal, s in proposals.items():
+                known = row["proposal_logps"] if proposal == row["proposal"] else torch.nan
+                known = row["reference_logps"] if all_under_reference and proposal == () else known
+                logps[i, s] = self.densities.get((row["id"], proposal), known)
+        prompt = torch.tensor([prompts[row["prompt_key"]] for row in rows])
+        drew = torch.tensor([proposals[row["proposal"]] for row in rows])
+        own = torch.tensor([row["proposal_logps"] for row in rows], dtype=torch.float64)
+        if len(proposals) == 1:
+            return own
+        found = balance_heuristic(prompt, drew, logps)
+        return torch.where(found.isnan(), own, found)
+
+
+PROPOSALS = [[], [0.5, 0.5], [0.25, 0.75], [0.1, 0.9]]
+
+
+def some_rows(chance, ids, proposals):
+    return pa.table(
+        {
+            "id": ids,
+            "prompt_key": [f"prompt {chance.randrange(9)}" for _ in ids],
+            "proposal": [chance.choice(proposals) for _ in ids],
+            "proposal_logps": [chance.gauss(-9, 1) for _ in ids],
+            "reference_logps": [chance.gauss(-9, 1) for _ in ids],
+            "policy_logps": [[chance.gauss(-9, 1), chance.gauss(-9, 1)] for _ in ids],
+            "rewards": [[chance.random(), chance.random()] for _ in ids],
+        }
+    )
+
+
+@pytest.mark.parametrize("in_order", [True, False], ids=["ids ascend", "ids in any order"])
+def test_columns_say_what_a_look_at_every_row_would(in_order, monkeypatch):
+    chance, numbers, plain = random.Random(0), Numbers(), Plain()
+    monkeypatch.setattr(rollout_numbers, "_CHUNK", 100)
+    ids = list(range(1600)) if in_order else chance.sample(range(10**6), 1600)
+    given = [(i, chance.choice(PROPOSALS)) for i in chance.choices(ids, k=500)]  # of completions that come later
+    steps = [ids[start : start + 40] for start in range(0, len(ids), 40)]
+    for step, new in enumerate(steps):
+        # a batch is filled up with earlier rows, and once with its own; proposals come one after another
+        rows = some_rows(chance, [*new, *chance.choices(ids[: 40 * step + 40], k=5)], PROPOSALS[: 1 + step // 4])
+        found = [(i, p) for i in chance.choices(new, k=10) for p in PROPOSALS[:3]] + (given if step == 3 else [])
+        densities = pa.table(
+            {
+                "id": [i for i, _ in found],
+                "proposal": [p for _, p in found],
+                "logps": [chance.gauss(-9, 1) for _ in found],
+            }
+        )
+        for each in (numbers, plain):
+            each.extend(rows)
+            each.extend_densities(densities)
+        keys = [f"prompt {chance.randrange(10)}" for _ in range(3)]
+        assert numbers.proposals_of(keys) == plain.proposals_of(keys)
+        proposal = tuple(PROPOSALS[step // 10])
+        if step != 3:
+            # given densities are of completions that were not drawn here, which nobody asks this of before they come
+            later = {i for i, _ in given} if step > 3 else set()
+            assert [i for i in numbers.unknown_under(proposal, keys) if i not in later] == [
+                i for i in plain.unknown_under(proposal, keys) if i not in later
+            ]
+        if step % 13 == 0:
+            for count in (1, len(plain.rows) // 2, len(plain.rows)):
+                for reference in (True, False):
+                    result = torch.from_numpy(numbers.log_densities(count, reference))
+                    assert torch.equal(result, plain.log_densities(count, reference))
+    assert len(numbers) == len(ids) == len(plain.rows)
+    for name in ("id", "proposal_logps", "reference_logps", "policy_logps", "rewards"):
+        assert numbers[name].tolist() == [row[name] for row in plain.rows]
+    assert [list(numbers.prompts)[i] for i in numbers["prompt"]] == [row["prompt_key"] for row in plain.rows]
+    assert [list(numbers.proposals)[i] for i in numbers["proposal"]] == [row["proposal"] for row in plain.rows]
+
+
+def test_numbers_that_are_not_known_are_nan_beside_those_that_are():
+    chance, numbers = random.Random(0), Numbers()
+    for ids, unknown in (([0, 1], [None] * 2), ([2, 3], None), ([4, 5], [None, [1.0, 2.0]]), ([6], [None])):
+        rows = some_rows(chance, ids, PROPOSALS)
+        if unknown is not None:
+            for name in ("rewards", "reference_logps"):
+                values = unknown if name == "rewards" else [v and v[0] for v in unknown]
+                rows = rows.set_column(rows.column_names.index(name), name, pa.array(values))
+        numbers.extend(rows)
+    assert np.isnan(numbers["rewards"]).all(1).tolist() == [True, True, False, False, True, False, True]
+    assert np.isnan(numbers["reference_logps"]).tolist() == [True, True, False, False, True, False, True]
+    assert numbers["rewards"][5].tolist() == [1.0, 2.0] and numbers["policy_logps"].shape == (7, 2)
+    same = Numbers()
+    assert same != numbers
+    rows = some_rows(random.Random(0), [0, 1], PROPOSALS).drop_columns("rewards").append_column("rewards", pa.nulls(2))
+    same.extend(rows)
+    assert same["rewards"].shape == (2, 0) and same == same
+
+
+# ---- shards ----
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """Seven completions a shard, in row groups of three."""
+    monkeypatch.setattr(rollout_store, "ROW_GROUP", 3)
+    store = RolloutStore(tmp_path, {"objectives": ["a", "b"]})
+    for step in (1, 2):
+        for part in (0, 1):
+            first = first_id(step, part)
+            columns = {
+                "prompt": [[{"role": "user", "content": f"prompt {i}"}] for i in range(7)],
+                "completion_ids": [[step, part, i] for i in range(7)],
+                "rewards": [[float(i), 10.0 * i] for i in range(7)],
+                "policy_logps": [[-1.0, -2.0]] * 7,
+                "id": range(first, first + 7),
+                "step": [step] * 7,
+                "prompt_key": ["x"] * 7,
+            }
+            store.write("rollouts", step, part, columns)
+    return store
+
+
+def test_a_store_is_a_dataset_that_is_read_as_it_is_asked_for(store):
+    rows, ids = StoredCompletions(store, ["b"]), store.read(("id",))["id"]
+    assert len(rows) == 28 and "step" not in rows.column_names
+    for indices in ([0], list(range(28)), [27, 3, 3, 6, 7, 12]):
+        found = rows.__getitems__(indices)
+        assert [row["id"] for row in found] == [ids[i] for i in indices]
+        assert [row["prompt"][0]["content"] for row in found] == [f"prompt {i % 7}" for i in indices]
+        assert [row["rewards"] for row in found] == [[10.0 * (i % 7)] for i in indices]
+        assert [row["completion_ids"] for row in found] == [[1 + i // 14, i // 7 % 2, i % 7] for i in indices]
+    assert rows[5]["policy_logps"] == [-2.0]
+    assert StoredCompletions(store, ["b", "c"])[5]["rewards"] is None
+
+
+def test_completions_are_found_by_their_ids_in_their_shards_alone(store):
+    for path in store.shards()[1:3]:
+        path.write_bytes(b"no parquet")
+    ids = [first_id(2, 1) + 6, first_id(1, 0) + 2, first_id(2, 1), first_id(1, 0) + 2]
+    found = store.find(ids, ("completion_ids", "step"))
+    assert found == {"completion_ids": [[2, 1, 6], [1, 0, 2], [2, 1, 0], [1, 0, 2]], "step": [2, 1, 2, 1]}
+
+
+def test_shards_are_in_the_order_of_steps_and_parts(tmp_path):
+    store = RolloutStore(tmp_path, {})
+    for step, part in ((2, 0), (1, 10_000), (1, 9999), (3, 1)):
+        store.write("rollouts", step, part, {"id": [first_id(step, part)]})
+    assert store.read(("id",))["id"] == sorted(store.read(("id",))["id"])
+    assert [path.name for path in store.shards(last_step=1)] == [
+        "rollouts-00000001-9999.parquet",
+        "rollouts-00000001-10000.parquet",
+    ]
+    store.discard_after(1)
+    assert len(store.shards()) == 2
+
+
+def test_ids_of_one_step_do_not_run_into_those_of_the_next():
+    assert first_id(1, 0xFFFF) < first_id(2, 0)
+    with pytest.raises(ValueError, match="Lower `gradient_accumulation_steps`"):
+        first_id(1, 0x10000)
+
+
+# ---- size ----
+
+
+@pytest.mark.slow
+def test_memory_of_a_fit_grows_by_little_with_the_rows():
+    """Without the replicates of the certificate, which have a bound of their own."""
+    small, large = (benchmark.measure(rows, batch_size=5000, num_resamples=2) for rows in (10_000, 100_000))
+    assert (small["rows"], large["rows"]) == (10_000, 100_000)
+    assert large["peak"] - small["peak"] < 90_000 * 1.5e-3  # MiB
