@@ -25,8 +25,7 @@ from .component_loading import Policy
 from .hub import ADAPTER_WEIGHTS
 
 
-# What is left beyond it costs most of the rank and changes next to nothing; examples/benchmarks/extraction.py measures it.
-DEFAULT_ENERGY = 0.9
+DEFAULT_RANK = 32
 # A sketch of the largest singular values is taken where it is at most this part of all of them: it is then the faster way.
 SKETCHED_PART = 0.25
 FIRST_SKETCH = 32
@@ -244,10 +243,10 @@ def extract_adapter(
         base (`str`, `os.PathLike`, `dict`, [`MixtureComponent`] or `PreTrainedModel`):
             The model that it was made from, of the same architecture. The adapter names it, with its commit.
         rank (`int`, *optional*):
-            Rank of the factors. With `energy`, the highest rank.
+            Rank of the factors. With `energy`, the highest rank; without, 32.
         energy (`float`, *optional*):
             Chooses the lowest rank of each layer that keeps this share of the squared Frobenius norm of its difference.
-            Without a rank, 0.9.
+            A fine-tune of all weights may need a high rank for little: measure on `texts`.
         target_modules (`Sequence[str]`, *optional*):
             Names of layers, or the ends of them, such as `"q_proj"`. Defaults to all linear layers that differ, without
             a head that is tied to the embeddings.
@@ -299,7 +298,7 @@ def extract_adapter(
     ```
     """
     if energy is None:
-        energy = DEFAULT_ENERGY if rank is None else None
+        rank = DEFAULT_RANK if rank is None else rank
     elif not 0 < energy <= 1:
         raise ValueError(f"`energy` is a share, from above 0 up to 1, got {energy!r}.")
     if rank is not None and (type(rank) is not int or rank < 1):

@@ -3,8 +3,9 @@ Whether drafts speed a mixture up: assisted generation with several kinds of dra
 
     python examples/benchmarks/speculative.py --threads 2
 
-The mixture is of the three adapters of `examples/policies/` over SmolLM2-135M, which run in one forward pass. Drafts are
-checked by a pass of the mixture over all drafted tokens; what comes out is the mixture's own, token for token when greedy.
+The mixture is of the three adapters of `examples/policies/` over SmolLM2-135M, which run in one forward pass, or with
+`--one_after_another` in three, as three full checkpoints would. Drafts are checked by a pass of the mixture over all
+drafted tokens; what comes out is the mixture's own, token for token when greedy.
 
 - reference: the base without adapters writes drafts (`assistant_model=model.reference_policy`)
 - component: the first adapter alone does (`assistant_model=model.policy(0)`)
@@ -46,6 +47,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--draft_tokens", type=int, nargs="+", default=[2, 5])
     parser.add_argument("--temperature", type=float, default=0.0, help="0 for greedy decoding")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--one_after_another", action="store_true", help="run the adapters in turn, as full checkpoints would"
+    )
     parser.add_argument("--cpu_time", action="store_true", help="count CPU time, for machines that have other work")
     return parser.parse_args()
 
@@ -107,11 +111,13 @@ def main() -> None:
     torch.manual_seed(0)
     clock = time.process_time if args.cpu_time else time.perf_counter
     tokenizer, model = load_tokenizer(), load_mixture()
+    model.stack_adapters = not args.one_after_another
     common = {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.pad_token_id, "do_sample": False}
     if args.temperature:
         common |= {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
     ways = make_ways(model, args.draft_tokens)
-    print(f"SmolLM2-135M, float32, K = {len(ADAPTERS)}, {args.threads} threads, {clock.__name__}\n")
+    way = "one after another" if args.one_after_another else "side by side"
+    print(f"SmolLM2-135M, float32, K = {len(ADAPTERS)} {way}, {args.threads} threads, {clock.__name__}\n")
     print("| prompts | draft | time per token, relative | tokens a pass | ms a token |")
     print("|" + "---|" * 5)
     for kind, prompts in load_questions(tokenizer, args.prompts).items():

@@ -17,10 +17,12 @@ class ExtractArguments:
 
     base: str = field(metadata={"help": "The model that it was made from: a folder or a repo id.", "metavar": "BASE"})
     output_dir: str = field(metadata={"help": "Folder for the adapter.", "metavar": "DIR"})
-    rank: int | None = field(default=None, metadata={"help": "Rank of the adapter. With --energy, the highest rank."})
+    rank: int | None = field(
+        default=None, metadata={"help": "Rank of the adapter, 32 by default. With --energy, the highest rank."}
+    )
     energy: float | None = field(
         default=None,
-        metadata={"help": "Lowest ranks that keep this share of each difference. Default without a rank: 0.9."},
+        metadata={"help": "Choose the lowest ranks that keep this share of each difference's squared norm."},
     )
     target_modules: list[str] | None = field(
         default=None, metadata={"help": "Layers to factor. Default: all linear layers.", "metavar": "NAME"}
@@ -41,8 +43,8 @@ class ExtractArguments:
 
 
 EXAMPLES = """
-mpo-hf extract-adapter org/helpful --base org/sft --output_dir helpful-lora --energy 0.95
-mpo-hf extract-adapter org/helpful --base org/sft --output_dir helpful-lora --rank 64 --text_file texts.txt
+mpo-hf extract-adapter org/helpful --base org/sft --output_dir helpful-lora --text_file texts.txt
+mpo-hf extract-adapter org/helpful --base org/sft --output_dir helpful-lora --energy 0.99 --rank 128
 """
 
 
