@@ -13,10 +13,15 @@ It is convex, so that its minimum over the simplex is found to any precision wit
 
 import functools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from .welfare import MaxMin, Welfare
+
+
+if TYPE_CHECKING:
+    from .achieved import MixtureTable
 
 
 # numbers of one batch of bootstrap replicates; what is held at a time is about this many float64
@@ -291,8 +296,8 @@ class Certificate:
         mixture_reward_errors (`torch.Tensor` of shape `(K,)`, *optional*): their standard errors.
         shortfall (`float`, *optional*):
             How far the welfare of that mixture, its divergence from the reference paid, is below what any policy at all
-            could have, in nats (β times it is in units of the rewards). By weak duality no policy reaches more than F(λ); 0
-            for policies that are optimal for their rewards, at the best weights.
+            could have, in nats (β times it is in units of the rewards). By weak duality no policy reaches more than the
+            minimum of F; 0 for policies that are optimal for their rewards, at the best weights.
         shortfall_error (`float`, *optional*): its standard error.
         active (`torch.Tensor` of shape `(K,)`):
             The fraction of the replicates in which an objective has weight: near 1 for those that bind, near 0 for those
@@ -324,8 +329,8 @@ def certify(
     confidence: float = 0.95,
     seed: int = 0,
     welfare: Welfare | None = None,
-    mixture_log_ratios: torch.Tensor | None = None,
-    reference_log_ratios: torch.Tensor | None = None,
+    mixture: "MixtureTable | None" = None,
+    mixture_weights: torch.Tensor | None = None,
 ) -> Certificate:
     r"""
     A confidence bound of the duality gap F(λ) - F(λ*), and standard errors, by the bootstrap over prompts.
@@ -344,10 +349,10 @@ def certify(
         confidence (`float`, *optional*, defaults to 0.95): level of the bound.
         seed (`int`, *optional*, defaults to 0): seed of the replicates.
         welfare ([`~mpo_hf.welfare.Welfare`], *optional*): the welfare function. Defaults to the max-min.
-        mixture_log_ratios (`torch.Tensor` of shape `(N,)`, *optional*):
-            \\(\sum_k \lambda_k \log \pi_k(y_j) - \log q(y_j)\\), from which the rewards of the mixture follow.
-        reference_log_ratios (`torch.Tensor` of shape `(N,)`, *optional*):
-            \\(\log \pi_{ref}(y_j) - \log q(y_j)\\), from which its divergence follows, and with it the shortfall.
+        mixture ([`~mpo_hf.achieved.MixtureTable`], *optional*):
+            The same completions for mixtures of the policies at hand, from which `mixture_rewards` and `shortfall` follow.
+        mixture_weights (`torch.Tensor` of shape `(M,)`, *optional*):
+            Weights of its components. Defaults to `weights`.
 
     Returns:
         [`Certificate`]
@@ -361,11 +366,7 @@ def certify(
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` must be between 0 and 1, got {confidence}.")
     weights = weights.to(table.offsets)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(num_prompts, (num_resamples, num_prompts), generator=generator)
-    counts = torch.zeros(num_resamples, num_prompts, dtype=torch.float64)
-    counts.scatter_add_(1, drawn, torch.ones_like(counts)).div_(num_prompts)
-
+    counts = bootstrap_counts(num_prompts, num_resamples, seed)
     by_prompt, shares = table.by_prompt(weights.unsqueeze(0))
     (best,), (minimum,) = minimize_dual(table, welfare=welfare)
     replicates, minima = minimize_dual(table, counts, start=best, tolerance=1e-7, welfare=welfare)
@@ -385,27 +386,30 @@ def certify(
     )
     if rewards is not None:
         certificate.rewards, certificate.reward_errors = _mean_rewards(table.prompt, shares, rewards, counts)
-    if rewards is None or mixture_log_ratios is None:
-        return certificate
-    # the mixture of the policies at hand, for whole completions
-    ratios = mixture_log_ratios.unsqueeze(-1)
-    log_sums = segment_logsumexp(ratios, table.prompt, num_prompts)
-    shares = (ratios - log_sums[table.prompt]).exp()
-    found = _mean_rewards(table.prompt, shares, rewards, counts)
-    certificate.mixture_rewards, certificate.mixture_reward_errors = found
-    if reference_log_ratios is not None:
-        log_normalizers = log_sums - torch.bincount(table.prompt).to(ratios).log().unsqueeze(-1)
-        divergence = _sums_by_prompt(table.prompt, shares * (ratios - reference_log_ratios.unsqueeze(-1)), num_prompts)
-        divergence = divergence - log_normalizers
-        gains = _sums_by_prompt(table.prompt, shares * table.advantages, num_prompts)
+    if mixture is not None:
+        weights = weights if mixture_weights is None else mixture_weights
+        shares, divergence = mixture.shares(weights)
+        if rewards is not None:
+            found = _mean_rewards(table.prompt, shares.unsqueeze(-1), rewards, counts)
+            certificate.mixture_rewards, certificate.mixture_reward_errors = found
+        gains = sums_by_prompt(table.prompt, shares.unsqueeze(-1) * mixture.gains, num_prompts)
         draws = torch.cat([counts.new_full((1, num_prompts), 1 / num_prompts), counts])
-        welfare = welfare if welfare is not None else MaxMin()
-        shortfalls = draws @ (by_prompt + divergence)[:, 0] - welfare.value(draws @ gains)
+        achieved = (welfare or MaxMin()).value(draws @ gains) - draws @ divergence
+        shortfalls = torch.cat([minimum.reshape(1), minima]) - achieved
         certificate.shortfall, certificate.shortfall_error = shortfalls[0].item(), shortfalls[1:].std().item()
     return certificate
 
 
-def _sums_by_prompt(prompt: torch.Tensor, values: torch.Tensor, num_prompts: int) -> torch.Tensor:
+def bootstrap_counts(num_prompts: int, num_resamples: int, seed: int) -> torch.Tensor:
+    """Weights of the prompts in every replicate of a bootstrap over them, shape `(num_resamples, num_prompts)`."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(num_prompts, (num_resamples, num_prompts), generator=generator)
+    counts = torch.zeros(num_resamples, num_prompts, dtype=torch.float64)
+    return counts.scatter_add_(1, drawn, torch.ones_like(counts)).div_(num_prompts)
+
+
+def sums_by_prompt(prompt: torch.Tensor, values: torch.Tensor, num_prompts: int) -> torch.Tensor:
+    """Sums of values of shape `(N, B)` over the rows of each prompt, shape `(num_prompts, B)`."""
     return values.new_zeros(num_prompts, values.shape[-1]).index_add_(0, prompt, values)
 
 
@@ -413,7 +417,7 @@ def _mean_rewards(
     prompt: torch.Tensor, shares: torch.Tensor, rewards: torch.Tensor, counts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean rewards of completions that have shares in their prompts, and standard errors by the bootstrap."""
-    by_prompt = _sums_by_prompt(prompt, shares * rewards, counts.shape[-1])
+    by_prompt = sums_by_prompt(prompt, shares * rewards, counts.shape[-1])
     return by_prompt.mean(0), (counts @ by_prompt).std(0)
 
 

@@ -1,12 +1,9 @@
-"""Optimizers of mixture weights on the simplex: entropic mirror descent, and the exact minimum on a table."""
+"""Optimizers of mixture weights: entropic mirror descent on the simplex, and whatever is best on all completions so far."""
 
 from collections.abc import Callable, Iterable
 
 import torch
 from torch.optim import Optimizer
-
-from .estimation import DualTable, minimize_dual
-from .welfare import Welfare
 
 
 def entropic_mirror_step(log_weights: torch.Tensor, grad: torch.Tensor, lr: float) -> torch.Tensor:
@@ -137,33 +134,24 @@ def _check_interior_point(param: torch.Tensor) -> None:
         )
 
 
-class DualMinimizer(Optimizer):
+class TableFit(Optimizer):
     r"""
-    Moves mixture weights to the minimum of the dual objective on a table of completions, where mirror descent would take
-    a step towards it.
+    Moves mixture weights to what is best on all completions so far, where mirror descent would take a step towards it.
 
     Args:
         params (`Iterable[torch.nn.Parameter]`): the mixture weights, shape `(K,)`.
-        table (`Callable`):
-            Returns the [`~mpo_hf.estimation.DualTable`] to minimise, or `None` to leave the weights as they are.
-        welfare ([`~mpo_hf.welfare.Welfare`], *optional*): the welfare function. Defaults to the max-min.
+        best (`Callable`):
+            Returns the best weights, given the present ones, or `None` to leave them as they are.
     """
 
-    def __init__(
-        self,
-        params: Iterable[torch.nn.Parameter],
-        table: Callable[[], DualTable | None],
-        welfare: Welfare | None = None,
-    ):
+    def __init__(self, params: Iterable[torch.nn.Parameter], best: Callable[[torch.Tensor], torch.Tensor | None]):
         super().__init__(params, {"lr": 1.0})
-        self.table, self.welfare = table, welfare
+        self.best = best
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> None:
-        """Moves every parameter to the minimum."""
-        table = self.table()
-        if table is not None:
-            (weights,), _ = minimize_dual(table, welfare=self.welfare)
-            for group in self.param_groups:
-                for param in group["params"]:
+        """Moves every parameter."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if (weights := self.best(param.detach())) is not None:
                     param.copy_(weights)

@@ -61,7 +61,7 @@ class Welfare(ABC):
         return weights
 
 
-class _Polyhedral(Welfare):
+class Polyhedral(Welfare):
     """A welfare whose Λ is a part of a simplex below caps, times an interval for every objective outside of the simplex."""
 
     @abstractmethod
@@ -115,7 +115,7 @@ class _Polyhedral(Welfare):
         return torch.linalg.solve(system, right)[:, :-1]
 
 
-class MaxMin(_Polyhedral):
+class MaxMin(Polyhedral):
     r"""The gain of the worst-off objective: \\(\min_k g_k\\), with the simplex as Λ."""
 
     def value(self, gains: torch.Tensor) -> torch.Tensor:
@@ -128,7 +128,7 @@ class MaxMin(_Polyhedral):
         return torch.ones(num_objectives, dtype=torch.float64), torch.ones(num_objectives, dtype=torch.bool)
 
 
-class WeightedSum(_Polyhedral):
+class WeightedSum(Polyhedral):
     r"""
     A weighted sum of the gains, \\(\sum_k w_k g_k\\): Λ is one point, the mixture is known without any sample (the
     fixed preference of multi-objective decoding), and a fit only measures what it reaches.
@@ -150,7 +150,7 @@ class WeightedSum(_Polyhedral):
         return self.weights, torch.ones(num_objectives, dtype=torch.bool)
 
 
-class CVaR(_Polyhedral):
+class CVaR(Polyhedral):
     r"""
     The mean gain of the worst-off share of the objectives (conditional value at risk; Rockafellar and Uryasev, 2000):
     the max-min for a small `level`, the weighted sum at 1. Λ is the part of the simplex where
@@ -236,7 +236,7 @@ class AlphaFair(Welfare):
         return weights / log_mean.exp().unsqueeze(-1)
 
 
-class Constrained(_Polyhedral):
+class Constrained(Polyhedral):
     r"""
     Thresholds for some objectives, then the welfare of the others. Gains of constrained objectives are counted from their
     thresholds; falling short costs `price` a unit: \\(U(g) = U'(g_{free}) + \text{price} \sum_{j} \min(g_j, 0)\\). Above a
@@ -252,7 +252,7 @@ class Constrained(_Polyhedral):
     on_simplex = False
 
     def __init__(self, free: Welfare, constrained: Sequence[int], price: float):
-        if not isinstance(free, _Polyhedral):
+        if not isinstance(free, Polyhedral):
             raise ValueError(f"Constraints go with a max-min, a weighted sum or CVaR, not with {type(free).__name__}.")
         if not 0 < price < math.inf:
             raise ValueError(f"The price of a constraint must be above 0 and finite, got {price}.")

@@ -9,6 +9,7 @@ from scipy.optimize import minimize
 from toy import LENGTH, VOCAB_SIZE, Enumeration, enumerate_completions, toy_policy
 
 from mpo_hf import MirrorDescent
+from mpo_hf.achieved import MixtureTable
 from mpo_hf.estimation import (
     DualTable,
     balance_heuristic,
@@ -258,14 +259,9 @@ def test_shortfall_is_what_the_best_policy_of_all_would_gain(seed):
     proposal = torch.full_like(reference, -math.log(num_completions))
     table = reward_table(prompt, advantages, reference, proposal, normalize=False)
     (weights,), (minimum,) = minimize_dual(table)
-    certificate = certify(
-        table,
-        weights,
-        rewards.reshape(-1, 3),
-        num_resamples=10,
-        mixture_log_ratios=(policies @ weights).flatten() - proposal,
-        reference_log_ratios=reference - proposal,
-    )
+    ratios = policies.flatten(0, 1) - proposal.unsqueeze(-1)
+    of_mixtures = MixtureTable(prompt, advantages, ratios, reference - proposal)
+    certificate = certify(table, weights, rewards.reshape(-1, 3), num_resamples=10, mixture=of_mixtures)
     mixture = (policies @ weights).log_softmax(1)
     gains = torch.einsum("py,pyk->k", mixture.exp(), rewards) / num_prompts
     divergence = (mixture.exp() * (mixture - enumeration.reference)).sum(-1).mean()
@@ -275,13 +271,38 @@ def test_shortfall_is_what_the_best_policy_of_all_would_gain(seed):
     assert certificate.shortfall > 0.01 and certificate.shortfall_error > 0
     # the policy that is best for these weights has none
     best = (enumeration.reference + (rewards @ weights) / beta).flatten()
+    of_best = MixtureTable(prompt, advantages, (best - proposal).unsqueeze(-1), reference - proposal)
+    one = torch.ones(1, dtype=torch.float64)
     certificate = certify(
-        table,
-        weights,
-        rewards.reshape(-1, 3),
-        num_resamples=2,
-        mixture_log_ratios=best - proposal,
-        reference_log_ratios=reference - proposal,
+        table, weights, rewards.reshape(-1, 3), num_resamples=2, mixture=of_best, mixture_weights=one
     )
     assert certificate.shortfall == pytest.approx(0, abs=1e-6)
     torch.testing.assert_close(certificate.mixture_rewards, certificate.rewards)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beta, tolerance, num_completions", [(0.2, 0.01, 16), (0.1, 0.01, 64)])
+def test_ending_at_a_tolerance_is_rarely_too_early(beta, tolerance, num_completions):
+    """
+    The bound is looked at after every two prompts from the tenth on, and the first one below the tolerance ends the fit:
+    100 fits, of which at most 10 may be further off than the tolerance (nominal 5, and looking often costs something).
+    """
+    enumeration, rewards = population(0, beta)
+    num_prompts, per_prompt = rewards.shape[:2]
+    every = torch.arange(num_prompts).repeat_interleave(per_prompt)
+    advantages = (rewards / beta).reshape(-1, 3)
+    exact = reward_table(every, advantages, enumeration.reference.flatten(), torch.zeros(len(every)).double())
+    _, (minimum,) = minimize_dual(exact)
+    too_early = 0
+    for run in range(100):
+        prompts = torch.randint(num_prompts, (80,), generator=torch.Generator().manual_seed(run))
+        for count in range(10, 81, 2):
+            generator = torch.Generator().manual_seed(1000 + run)
+            sample = Sample(enumeration, rewards, prompts[:count], [enumeration.reference], num_completions, generator)
+            table = sample.table(beta)
+            (weights,), _ = minimize_dual(table)
+            if certify(table, weights, num_resamples=100).duality_gap_bound <= tolerance:
+                gap = exact.by_prompt(weights.unsqueeze(0))[0].mean().item() - minimum.item()
+                too_early += gap > tolerance
+                break
+    assert too_early <= 10

@@ -145,32 +145,32 @@ def test_no_row_is_left_out_at_the_end_and_none_is_used_early(trainer, folders, 
         )
     monkeypatch.setattr(rollout_fit, "GROWTH", 0.5)
     sizes = []
-    make_table = run.rollouts.make_table
+    make_estimate = run.rollouts.make_estimate
     monkeypatch.setattr(
-        run.rollouts, "make_table", lambda *rows: sizes.append(len(run.rollouts.numbers)) or make_table(*rows)
+        run.rollouts, "make_estimate", lambda *rows: sizes.append(len(run.rollouts.numbers)) or make_estimate(*rows)
     )
     run.train()
     assert sizes == ([8, 16, 32, 48] if given else [8, 16, 24, 40, 48])
-    (weights,), _ = minimize_dual(make_table())
+    (weights,), _ = minimize_dual(make_estimate().table)
     torch.testing.assert_close(run.weights.detach(), weights, atol=1e-9, rtol=0)
     assert run.certificate.rewards.tolist() == pytest.approx(
-        certify(make_table(), weights, run.rollouts.rewards).rewards.tolist()
+        certify(make_estimate().table, weights, run.rollouts.rewards).rewards.tolist()
     )
 
 
-def test_the_dual_objective_is_computed_once_for_a_table_and_weights(trainer, monkeypatch):
+def test_the_loss_is_computed_once_for_an_estimate_and_weights(trainer, monkeypatch):
     run = trainer(max_steps=2)
     run.train()
     weights = torch.tensor([0.3, 0.7], dtype=torch.float64, requires_grad=True)
-    expected = run.rollouts.table.by_prompt(weights.unsqueeze(0))[0].mean()
+    expected = run.rollouts.estimate.loss(weights)
     (gradient,) = torch.autograd.grad(expected, weights)
     for _ in range(2):
-        found = run.rollouts.dual_objective(weights)
+        found = run.rollouts.loss(weights)
         assert torch.equal(found, expected)
         assert torch.equal(torch.autograd.grad(found, weights)[0], gradient)
         monkeypatch.setattr(DualTable, "by_prompt", never)
     with pytest.raises(AssertionError, match="should not have been called"):
-        run.rollouts.dual_objective(weights.detach() + torch.tensor([0.1, -0.1]))
+        run.rollouts.loss(weights.detach() + torch.tensor([0.1, -0.1]))
 
 
 # ---- fitting what is kept ----
@@ -184,7 +184,7 @@ def test_a_second_fit_costs_no_generation(trainer, folders, tmp_path, monkeypatc
     monkeypatch.setattr(MixturePolicyModel, "forward", never)
     same = refit(folders, store, tmp_path, proposal="mixture", per_device_train_batch_size=16)
     same.train()
-    (weights,), _ = minimize_dual(first.rollouts.make_table())
+    (weights,), _ = minimize_dual(first.rollouts.make_estimate().table)
     assert len(first.rollouts.numbers.proposals) > 1
     torch.testing.assert_close(same.weights.detach(), weights, atol=1e-9, rtol=0)
     assert len(same.rollouts.numbers) == len(first.rollouts.numbers)

@@ -131,7 +131,7 @@ def time_parts(trainer: MPOTrainer, clock: Clock) -> dict[str, float]:
     watch("writing", trainer, "_save_checkpoint")
     if trainer.rollouts is not None:
         watch("policies' scoring", trainer.rollouts, "_mixture_logps")
-        watch("weights", trainer.rollouts, "prepare_table")
+        watch("weights", trainer.rollouts, "prepare_estimate")
         watch("weights", trainer.rollouts, "certify")
         watch("writing", trainer.rollouts.store, "write")
     create_optimizer = trainer.create_optimizer

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
+from ..achieved import MixtureTable
 from ..estimation import DualTable, implicit_table, reward_table
 from ..modeling_mixture import MixturePolicyModel
 from ..reward_scales import RewardScale, reference_moments
 from ..welfare import AlphaFair, Constrained, CVaR, MaxMin, WeightedSum, Welfare
+from .estimates import AchievedEstimate, DualEstimate, Estimate
 from .mpo_config import MPOConfig
 
 
@@ -62,7 +64,7 @@ class Goal:
         The mixture that the fit is over: where the weights of the objectives need not sum to 1, one with the reference as
         its last component, which takes the rest.
         """
-        if self.welfare.on_simplex:
+        if not self.leaves_simplex:
             return model
         extended = MixturePolicyModel.from_policies(
             [model, reference],
@@ -76,15 +78,43 @@ class Goal:
         extended._load_kwargs = model._load_kwargs
         return extended
 
+    @property
+    def leaves_simplex(self) -> bool:
+        """Whether the weights of the objectives may have another sum than 1."""
+        return not self.welfare.on_simplex and self.args.objective != "achieved"
+
     def mixture_weights(self, weights: torch.Tensor) -> torch.Tensor:
         """Weights of the components, from those of the objectives, shape `(K,)`."""
-        return weights if self.welfare.on_simplex else torch.cat([weights, 1 - weights.sum(-1, keepdim=True)])
+        return torch.cat([weights, 1 - weights.sum(-1, keepdim=True)]) if self.leaves_simplex else weights
 
     def objective_weights(self, mixture_weights: Sequence[float] | torch.Tensor) -> torch.Tensor:
         """Weights of the objectives, shape `(K,)`, from those of the components."""
         return torch.as_tensor(mixture_weights, dtype=torch.float64)[: self.num_objectives]
 
-    # ---- the dual objective of completions ----
+    # ---- what completions say ----
+
+    def estimate(
+        self,
+        prompt: torch.Tensor,
+        proposal_logps: torch.Tensor,
+        policy_logps: torch.Tensor | None = None,
+        reference_logps: torch.Tensor | None = None,
+        rewards: torch.Tensor | None = None,
+        sets_scale: bool = True,
+    ) -> Estimate:
+        """
+        The estimate that the weights minimise; arguments as of [`~Goal.table`]. With `policy_logps` it knows what the mixture
+        itself reaches.
+        """
+        table = self.table(prompt, proposal_logps, policy_logps, reference_logps, rewards, sets_scale)
+        mixture = None
+        if policy_logps is not None and self.args.objective != "implicit":
+            if self.leaves_simplex and policy_logps.shape[-1] == self.num_objectives:
+                policy_logps = torch.cat([policy_logps, reference_logps.unsqueeze(-1)], dim=-1)
+            ratios = policy_logps - proposal_logps.unsqueeze(-1)
+            mixture = MixtureTable(prompt, table.advantages, ratios, reference_logps - proposal_logps)
+        kind = AchievedEstimate if self.args.objective == "achieved" else DualEstimate
+        return kind(table, mixture, self.welfare)
 
     def table(
         self,

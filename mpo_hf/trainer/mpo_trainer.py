@@ -27,7 +27,7 @@ from ..estimation import Certificate
 from ..hub import check_pushable
 from ..modeling_mixture import MixturePolicyModel
 from ..objectives import dual_objective, effective_sample_size, implicit_dual_objective, on_policy_objective
-from ..optim import DualMinimizer, MirrorDescent
+from ..optim import MirrorDescent, TableFit
 from ..rewards import RewardModelSpec, make_reward_functions, normalize_rewards
 from ..rollout_store import COLUMNS, GivenRows, RolloutStore, given_rollouts
 from ..rollouts import (
@@ -321,7 +321,7 @@ class MPOTrainer(MixtureSaving, Trainer):
     ) -> torch.Tensor:
         """The dual objective at the current weights, estimated from completions of the prompts in `inputs`."""
         if self.rollouts is not None:
-            loss = self._dual_objective_of_all(inputs)
+            loss = self._loss_of_all(inputs)
         else:
             loss = self._dual_objective(inputs, self.weights, "train")
         # the trainer adds losses up on its own device, in float32
@@ -350,8 +350,8 @@ class MPOTrainer(MixtureSaving, Trainer):
         self._record_step(mode, loss, log_weights, rewards, completions)
         return loss
 
-    def _dual_objective_of_all(self, inputs: list[dict[str, Any]]) -> torch.Tensor:
-        """The dual objective of all completions so far, after drawing those of another step."""
+    def _loss_of_all(self, inputs: list[dict[str, Any]]) -> torch.Tensor:
+        """The estimate from all completions so far, after drawing those of another step."""
         self.model.eval()
         known = None
         if self._fits_given:
@@ -362,9 +362,9 @@ class MPOTrainer(MixtureSaving, Trainer):
         if self.reward_functions:
             rewards = self.score_rewards(inputs, completions)
         self.rollouts.collect(self._repeated(inputs, completions), completions, rewards, known)
-        self.rollouts.prepare_table()
+        self.rollouts.prepare_estimate()
         self._record_completions("train", completions, rewards)
-        return self.rollouts.dual_objective(self.weights)
+        return self.rollouts.loss(self.weights)
 
     def _given_completions(self, inputs: list[dict[str, Any]]) -> Completions:
         """Completions that came with the dataset. Texts are tokenized, and end with the end token."""
@@ -453,23 +453,24 @@ class MPOTrainer(MixtureSaving, Trainer):
         rewards = [reward(prompts, texts, **columns) for reward in functions]
         return torch.stack(rewards, dim=-1).double().cpu()
 
-    def _evaluate_on_table(self, inputs: list[dict[str, Any]]) -> torch.Tensor:
-        """The dual objective of completions of the prompts in `inputs` alone, by the estimate that the fit uses."""
+    def _evaluate_on_estimate(self, inputs: list[dict[str, Any]]) -> torch.Tensor:
+        """The loss on completions of the prompts in `inputs` alone, by the estimate that the fit uses."""
         args = self.args
         completions = self.sample(inputs, torch.tensor(self.model.config.mixture_weights, dtype=torch.float64))
-        rewards = self.score_rewards(inputs, completions) if self.reward_functions else None
         known = {}
-        if args.objective == "implicit":
-            known["policy_logps"] = self.policy_logps(completions)
-        else:
+        if args.objective != "implicit":
             known["reference_logps"] = self.reference_logps(completions)
+        if args.objective != "reward":
+            known["policy_logps"] = self.policy_logps(completions)
+        if self.reward_functions:
+            known["rewards"] = self.score_rewards(inputs, completions)
         prompt = torch.arange(len(inputs)).repeat_interleave(args.num_generations)
-        table = self.goal.table(prompt, completions.proposal_logps, **known, rewards=rewards, sets_scale=False)
+        estimate = self.goal.estimate(prompt, completions.proposal_logps, **known, sets_scale=False)
         weights = self.goal.objective_weights(self.model.config.mixture_weights)
-        loss = table.by_prompt(weights.unsqueeze(0))[0].mean()
-        self.record("eval", "dual_objective", loss.reshape(1))
-        self.record("eval", "effective_sample_size", table.effective_sample_sizes(weights))
-        self._record_completions("eval", completions, rewards)
+        loss = estimate.loss(weights)
+        self.record("eval", self._loss_name, loss.reshape(1))
+        self.record("eval", "effective_sample_size", torch.tensor([estimate.effective_sample_size(weights)]))
+        self._record_completions("eval", completions, known.get("rewards"))
         return loss
 
     def prediction_step(
@@ -481,7 +482,7 @@ class MPOTrainer(MixtureSaving, Trainer):
     ) -> tuple[torch.Tensor, None, None]:
         with torch.no_grad():
             if self.rollouts is not None:
-                loss = self._evaluate_on_table(inputs)
+                loss = self._evaluate_on_estimate(inputs)
             else:
                 weights = torch.tensor(self.model.config.mixture_weights, dtype=torch.float64)
                 loss = self._dual_objective(inputs, weights, "eval")
@@ -547,7 +548,7 @@ class MPOTrainer(MixtureSaving, Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.rollouts is not None:
-            self.optimizer = DualMinimizer([self.weights], self.rollouts.take_table, self.goal.welfare)
+            self.optimizer = TableFit([self.weights], self.rollouts.best)
         elif self.optimizer is None:
             self.optimizer = MirrorDescent([self.weights], lr=self.args.step_size(self.state.max_steps))
         return self.optimizer
@@ -559,11 +560,15 @@ class MPOTrainer(MixtureSaving, Trainer):
             return self.weights.detach().clone()
         return optimizer.average(self.weights)
 
+    @property
+    def _loss_name(self) -> str:
+        return "negative_welfare" if self.args.objective == "achieved" else "dual_objective"
+
     def is_sure_enough(self) -> bool:
         """Whether the duality gap is known to be below `args.tolerance`. Never when there is nothing to save by ending."""
         if self.certificate is None or self._fits_given or self.args.welfare == "weighted_sum":
             return False
-        enough = self.rollouts.table.num_prompts >= MIN_PROMPTS
+        enough = self.rollouts.estimate.table.num_prompts >= MIN_PROMPTS
         return enough and self.certificate.duality_gap_bound <= self.args.tolerance
 
     def floating_point_ops(self, inputs: list[dict[str, Any]]) -> int:
@@ -602,12 +607,9 @@ class MPOTrainer(MixtureSaving, Trainer):
 
     def _record_certificate(self) -> None:
         """What is known of the weights after they have been fitted to a larger table."""
-        certificate, table = self.certificate, self.rollouts.table
-        fraction = table.effective_sample_sizes(self.weights.detach())
-        self.record(
-            "train", "dual_objective", table.by_prompt(self.weights.detach().unsqueeze(0))[0].mean().reshape(1)
-        )
-        self.record("train", "effective_sample_size", fraction.mean().reshape(1))
+        certificate, estimate, weights = self.certificate, self.rollouts.estimate, self.weights.detach()
+        self.record("train", self._loss_name, estimate.loss(weights).reshape(1))
+        self.record("train", "effective_sample_size", torch.tensor([estimate.effective_sample_size(weights)]))
         self._warn_of_collapse(self._metrics["train"]["effective_sample_size"][-1])
         if certificate is not None:
             self.record("train", "duality_gap_bound", torch.tensor([certificate.duality_gap_bound]))

@@ -9,9 +9,10 @@ import pyarrow as pa
 import torch
 from accelerate.utils import gather_object
 
-from ..estimation import Certificate, DualTable, certify
+from ..estimation import Certificate
 from ..rollout_store import COLUMNS, RolloutStore, first_id
 from ..rollouts import Completions, completion_texts, pad_completions
+from .estimates import Estimate
 from .rollout_numbers import GROWTH, Numbers, Proposal
 
 
@@ -21,7 +22,7 @@ DEFENSIVE_SHARE = 0.1
 
 class RolloutFit:
     """
-    Keeps all completions of a fit, on disk and in memory, and turns them into the table that the weights minimise.
+    Keeps all completions of a fit, on disk and in memory, and turns them into the estimate that the weights minimise.
 
     Args:
         trainer ([`MPOTrainer`]): the trainer that samples and scores.
@@ -32,12 +33,11 @@ class RolloutFit:
     def __init__(self, trainer: Any, store: RolloutStore, given: RolloutStore | None = None):
         self.trainer, self.store, self._given = trainer, store, given
         self.numbers = Numbers()
-        self.table: DualTable | None = None
-        self._value: tuple[DualTable, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self.estimate: Estimate | None = None
+        self._value: tuple[Estimate, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self.certificate: Certificate | None = None
         self.proposal: Proposal = self._first_proposal()
         self._fitted_rows, self._is_new = 0, False
-        self._densities = torch.empty(0, dtype=torch.float64)  # log-densities of the rows in the table
         self._step, self._micro_batch = -1, 0
 
     def _first_proposal(self) -> Proposal:
@@ -74,7 +74,7 @@ class RolloutFit:
                 self.numbers.extend_densities(rows)
         if len(self.numbers) and state is not None:
             self.proposal, self._fitted_rows = tuple(state["proposal"]), state["fitted_rows"]
-            self.table = self.make_table(self._fitted_rows)
+            self.estimate = self.make_estimate(self._fitted_rows)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs beside the store."""
@@ -213,92 +213,70 @@ class RolloutFit:
 
     # ---- the estimate ----
 
-    def make_table(self, rows: int | None = None) -> DualTable:
-        """The table of the dual objective of all completions so far, or of the first `rows` of them."""
+    def make_estimate(self, rows: int | None = None) -> Estimate:
+        """The estimate from all completions so far, or from the first `rows` of them."""
         rows = len(self.numbers) if rows is None else rows
-        column = self._columns(rows)
-        prompt = column["prompt"].long()
-        self._densities = torch.from_numpy(self.numbers.log_densities(rows, self.trainer.args.temperature == 1))
-        if self.trainer.args.objective == "implicit":
-            return self.trainer.goal.table(prompt, self._densities, column["policy_logps"])
-        return self.trainer.goal.table(
-            prompt, self._densities, reference_logps=column["reference_logps"], rewards=column["rewards"]
-        )
+        names = ("policy_logps", "reference_logps", "rewards")
+        known = {name: torch.from_numpy(self.numbers[name][:rows]) for name in names}
+        known = {name: values for name, values in known.items() if values.numel() and not values.isnan().any()}
+        prompt = torch.from_numpy(self.numbers["prompt"][:rows]).long()
+        densities = torch.from_numpy(self.numbers.log_densities(rows, self.trainer.args.temperature == 1))
+        return self.trainer.goal.estimate(prompt, densities, **known)
 
-    def _columns(self, rows: int) -> dict[str, torch.Tensor]:
-        """Columns of the first rows, as tensors that share their memory."""
-        names = ("prompt", "policy_logps", "reference_logps", "rewards")
-        return {name: torch.from_numpy(self.numbers[name][:rows]) for name in names}
-
-    def dual_objective(self, weights: torch.Tensor) -> torch.Tensor:
+    def loss(self, weights: torch.Tensor) -> torch.Tensor:
         """
-        The dual objective of the table at weights of shape `(K,)`, differentiable. It takes a pass over the table, and is
-        kept until the table or the weights are others.
+        The loss of the estimate at weights of shape `(K,)`, differentiable. It takes a pass over all completions, and is kept
+        until the estimate or the weights are others.
         """
-        if self._value is None or self._value[0] is not self.table or not torch.equal(self._value[1], weights):
+        if self._value is None or self._value[0] is not self.estimate or not torch.equal(self._value[1], weights):
             with torch.enable_grad():
                 point = weights.detach().clone().requires_grad_()
-                value = self.table.by_prompt(point.unsqueeze(0))[0].mean()
+                value = self.estimate.loss(point)
                 (gradient,) = torch.autograd.grad(value, point)
-            self._value = (self.table, point.detach(), value.detach(), gradient)
+            self._value = (self.estimate, point.detach(), value.detach(), gradient)
         _, point, value, gradient = self._value
         return value + (weights - point) @ gradient
 
     @property
     def rewards(self) -> torch.Tensor | None:
         """Rewards of the completions in the table, shape `(N, K)`."""
-        rewards = self._columns(self._fitted_rows)["rewards"]
+        rewards = torch.from_numpy(self.numbers["rewards"][: self._fitted_rows])
         return rewards if rewards.numel() and not rewards.isnan().any() else None
 
-    def prepare_table(self) -> None:
-        """Makes the table anew when there are enough new rows, and at the end."""
+    def prepare_estimate(self) -> None:
+        """Makes the estimate anew when there are enough new rows, and at the end."""
         trainer, rows = self.trainer, len(self.numbers)
         # completions that are there already count together: on the way to them the weights only show where they go
         growth = 1 if trainer._fits_given else GROWTH
         is_last = trainer.state.global_step + 1 == trainer.state.max_steps and trainer.accelerator.sync_gradients
         if rows >= self._fitted_rows * (1 + growth) or (is_last and rows > self._fitted_rows):
-            self._fitted_rows, self.table, self._is_new = rows, self.make_table(), True
+            self._fitted_rows, self.estimate, self._is_new = rows, self.make_estimate(), True
 
-    def take_table(self) -> DualTable | None:
-        """The table, when the weights have not been fitted to it."""
-        return self.table if self._is_new else None
+    def best(self, weights: torch.Tensor) -> torch.Tensor | None:
+        """The weights that are best by the estimate, given the present ones, when they have not been fitted to it."""
+        return self.estimate.best(weights) if self._is_new else None
 
     def certify(self, weights: torch.Tensor) -> bool:
         """
         After the weights have been fitted: how good they are, and whether completions should come from another proposal
-        from now on. `False` when there was no new table to fit them to.
+        from now on. `False` when there was no new estimate to fit them to.
         """
         if not self._is_new:
             return False
-        args, table, self._is_new = self.trainer.args, self.table, False
-        if table.num_prompts > 1:
-            self.certificate = certify(
-                table,
+        args, self._is_new = self.trainer.args, False
+        if self.estimate.table.num_prompts > 1:
+            self.certificate = self.estimate.certify(
                 weights,
+                self.trainer.goal.mixture_weights(weights),
                 self.rewards,
                 confidence=args.confidence,
                 num_resamples=args.num_resamples,
-                welfare=self.trainer.goal.welfare,
-                **self._log_ratios(weights),
             )
         self._renew_proposal(weights)
         return True
 
-    def _log_ratios(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Log importance weights from the proposals to the mixture of these policies and to the reference, where known."""
-        column, mixture_weights = self._columns(self._fitted_rows), self.trainer.goal.mixture_weights(weights)
-        logps, reference_logps = column["policy_logps"], column["reference_logps"]
-        if len(mixture_weights) > logps.shape[-1]:
-            logps = torch.cat([logps, reference_logps.unsqueeze(-1)], dim=-1)
-        if self.trainer.args.objective == "implicit" or logps.isnan().any():
-            return {}
-        return {
-            "mixture_log_ratios": logps @ mixture_weights - self._densities,
-            "reference_log_ratios": reference_logps - self._densities,
-        }
-
     def _renew_proposal(self, weights: torch.Tensor) -> None:
-        usable = self.table.effective_sample_sizes(weights).mean().item()
+        usable = self.estimate.effective_sample_size(weights)
         if self.proposal and usable < self.trainer.args.refresh_below:
             defensive = (1 - DEFENSIVE_SHARE) * weights + DEFENSIVE_SHARE / len(weights)
             self.proposal = tuple(self.trainer.goal.mixture_weights(defensive).tolist())
