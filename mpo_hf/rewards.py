@@ -125,7 +125,10 @@ class ModelReward(RewardFunction):
 
     def _score(self, inputs: dict[str, list]) -> torch.Tensor:
         inputs = self.processing_class.pad(inputs, padding_side="right", return_tensors="pt")
-        logits = self.model(**inputs.to(next(self.model.parameters()).device)).logits
+        device = next(self.model.parameters()).device
+        if device.type != "meta":  # what is offloaded takes its inputs to where it computes by itself
+            inputs = inputs.to(device)
+        logits = self.model(**inputs).logits
         if logits.ndim != 2:
             raise ValueError(
                 f"The reward {self.name!r} needs a sequence classifier, with logits of shape (batch, labels), but those "

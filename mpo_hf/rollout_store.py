@@ -201,7 +201,8 @@ class StoredCompletions(torch.utils.data.Dataset):
     """
 
     def __init__(self, store: RolloutStore, objectives: Sequence[str]):
-        self._pick = _pick(store.info["objectives"], objectives)
+        known = store.info["objectives"]
+        self._objectives = [known.index(name) if name in known else None for name in objectives]
         self._groups: list[tuple[Path, int]] = []
         sizes = []
         for path in store.shards():
@@ -235,6 +236,14 @@ class StoredCompletions(torch.utils.data.Dataset):
             # a fingerprint of its own would take longer than reading it
             self._last = (group, Dataset(table, fingerprint=f"{path.name}-{index}"))
         return self._last[1]
+
+    def _pick(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Numbers of the objectives at hand; `None` where one of them is not known."""
+        for name in ("policy_logps", "rewards"):
+            values = row[name]
+            unknown = values is None or None in self._objectives
+            row[name] = None if unknown else [values[k] for k in self._objectives]
+        return row
 
 
 class GivenRows(Sequence):
@@ -289,16 +298,3 @@ def given_rollouts(
         own = [name for name in ("id", "step", "prompt_key") if name in rollouts.column_names]
         rollouts = rollouts.remove_columns(own).add_column("id", np.arange(len(rollouts)))
     return rollouts, store
-
-
-def _pick(found: Sequence[str], wanted: Sequence[str]):
-    """Numbers of the wanted objectives, in their order; `None` where one of them is not known."""
-    at = [found.index(name) if name in found else None for name in wanted]
-
-    def pick(row: dict[str, Any]) -> dict[str, Any]:
-        for name in ("policy_logps", "rewards"):
-            values = row[name]
-            row[name] = None if values is None or None in at else [values[k] for k in at]
-        return row
-
-    return pick

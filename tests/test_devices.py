@@ -4,9 +4,16 @@ import pytest
 import torch
 from helpers import EOS, VOCAB, completions_of, greedy, left_pad, save_lora, save_tiny, tiny, tiny_tokenizer
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, QuantoConfig, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    QuantoConfig,
+    pipeline,
+)
 
 from mpo_hf import MixturePolicyModel
+from mpo_hf.rewards import make_reward_functions
 
 
 PROMPTS = [[1, 7, 11, 3, 22], [1, 30], [1, 6, 19]]
@@ -148,6 +155,22 @@ def test_dtype_by_component(policies):
     components.append(AutoModelForCausalLM.from_pretrained(policies[1], dtype="bfloat16"))
     logps = [component(IDS).logits.float().log_softmax(-1) for component in components]
     torch.testing.assert_close(model(IDS).logits, sum(w * logp for w, logp in zip(WEIGHTS, logps)))
+
+
+@pytest.mark.parametrize("device_map", [{"": "disk"}, IN_PARTS | {"score": "cpu"}], ids=["on disk", "in parts"])
+def test_offloaded_reward_models_score_the_same(policies, tmp_path, device_map):
+    config = AutoConfig.from_pretrained(policies[0], num_labels=1, pad_token_id=0)
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "reward")
+    tokenizer = tiny_tokenizer([f"t{i}" for i in range(VOCAB)])
+    tokenizer.pad_token = "t0"
+    found = []
+    for kwargs in ({}, {"device_map": device_map, "offload_folder": tmp_path / "offload"}):
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward", **kwargs)
+        assert next(model.parameters()).is_meta == bool(kwargs)
+        (reward,) = make_reward_functions([model], processing_classes=[tokenizer])
+        found.append(reward(["t1 t5", "t9"], [" t3", " t4 t8 t2"]).tolist())
+    assert found[0] == found[1] and found[0][0] != found[0][1]
 
 
 # ---- quantisation ----
