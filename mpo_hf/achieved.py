@@ -28,7 +28,7 @@ from .welfare import Polyhedral, Welfare
 
 
 # in nats: a kink of the welfare is rounded off by less and less
-_SMOOTHING = (1.0, 0.1, 0.01, 0.001)
+_SMOOTHING = (1.0, 0.1, 0.01, 1e-3, 1e-4)
 
 
 @dataclass
@@ -198,6 +198,7 @@ def certify_achieved(
             for counts in bootstrap_counts(table.num_prompts, min(20, num_resamples), seed)
         ]
     )
+    certificate.of_mixture = True
     certificate.weights, certificate.standard_errors = weights, replicates.std(0)
     certificate.active = (replicates > 1e-3).double().mean(0)
     certificate.effective_sample_size = mixture.effective_sample_size(weights).item()

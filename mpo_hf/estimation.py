@@ -299,6 +299,9 @@ class Certificate:
             could have, in nats (β times it is in units of the rewards). By weak duality no policy reaches more than the
             minimum of F; 0 for policies that are optimal for their rewards, at the best weights.
         shortfall_error (`float`, *optional*): its standard error.
+        of_mixture (`bool`, *optional*, defaults to `False`):
+            Whether the duality gap is that shortfall, as for weights fitted to what the mixture reaches
+            (`objective="achieved"`), rather than the distance of F.
         active (`torch.Tensor` of shape `(K,)`):
             The fraction of the replicates in which an objective has weight: near 1 for those that bind, near 0 for those
             that are better off than the worst.
@@ -319,6 +322,7 @@ class Certificate:
     mixture_reward_errors: torch.Tensor | None = None
     shortfall: float | None = None
     shortfall_error: float | None = None
+    of_mixture: bool = False
 
 
 def certify(

@@ -308,7 +308,7 @@ def load_rollouts(args: FitArguments, training_args: MPOConfig) -> str | Dataset
 def summarize(trainer: MPOTrainer) -> str:
     """The fitted weights with what is known of them, and the means over all steps of what was measured."""
     config = trainer.model.config
-    steps = [entry for entry in trainer.state.log_history if "dual_objective" in entry and "loss" in entry]
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     certificate, rows = trainer.certificate, []
     names = [*trainer.objective_names, "reference"]
     for k, (name, component, weight) in enumerate(zip(names, config.components, config.mixture_weights)):
@@ -324,8 +324,13 @@ def summarize(trainer: MPOTrainer) -> str:
         lines.append(
             f"duality gap, with {certificate.confidence:.0%} confidence: below {certificate.duality_gap_bound:.4f} nats"
         )
-    for key, text in (("dual_objective", "dual objective"), ("effective_sample_size", "effective sample size")):
-        values = [entry[key] for entry in steps]
+    texts = {
+        "dual_objective": "dual objective",
+        "welfare": "welfare",
+        "effective_sample_size": "effective sample size",
+    }
+    for key, text in texts.items():
+        values = [entry[key] for entry in steps if key in entry]
         if values:
             lines.append(f"{text}, mean over {len(values)} steps: {sum(values) / len(values):.4f}")
     return "\n".join([lines[0], "", *lines[1:]])

@@ -51,9 +51,11 @@ def measured_rewards(
         )
     note = note.replace("the mixture as it was at each step", "the mixture at weights of earlier steps")
     if math.isfinite(certificate.duality_gap_bound):
-        note += (
-            f"\nWith {certificate.confidence:.0%} confidence the weights are within {certificate.duality_gap_bound:.4f} nats "
-            "of the best ones in the dual\nobjective."
+        bound = f"{certificate.duality_gap_bound:.4f} nats"
+        note += f"\nWith {certificate.confidence:.0%} confidence " + (
+            f"no policy at all has a welfare of more than {bound} above that of this\nmixture."
+            if certificate.of_mixture
+            else f"the weights are within {bound} of the best ones in the dual\nobjective."
         )
     errors = ", ".join(f"{name} {error:.4f}" for name, error in zip(objectives, certificate.standard_errors.tolist()))
     return rewards, f"{note} Standard errors of the weights: {errors}.".strip()

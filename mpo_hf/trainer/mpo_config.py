@@ -23,16 +23,18 @@ class MPOConfig(TrainingArguments):
 
     Args:
         objective (`str`, *optional*, defaults to `"reward"`):
-            `"reward"`: what the reward functions measure, on their own scale. `"implicit"`: the log-ratios of the
-            policies to each other, without any reward function; there the most aggressively trained policy pulls weight
-            towards itself.
+            `"reward"`: the dual objective of MPO, from what the reward functions measure, on their own scale. It takes every
+            policy to be optimal for its reward. `"achieved"`: what the mixture of these very policies reaches, less β
+            times its divergence from the reference. The same where they are optimal, and better where they are not; needs
+            `estimator="mis"`. `"implicit"`: the log-ratios of the policies to each other, without any reward function;
+            there the most aggressively trained policy pulls weight towards itself.
         beta (`float`, *optional*, defaults to 0.1):
             KL coefficient β, in the units of the rewards. Smaller values trust the rewards more and the reference less;
             very small ones leave few effective samples. Unused by the implicit objective.
         proposal (`str`, *optional*):
             The policy that completions are drawn from. `"reference"`: the reference policy, as in the paper's
             Algorithm 2. `"mixture"`: the current mixture, reweighted exactly. Defaults to `"reference"` for the reward
-            objective and to `"mixture"` for the implicit one, where samples of the reference collapse.
+            objective and to `"mixture"` for the others, where samples of the reference collapse.
         welfare (`str`, *optional*, defaults to `"max_min"`):
             What is made as large as it can be, of the gains of the objectives, less β times the divergence from the
             reference. `"max_min"`: the worst-off objective, as in the paper. `"weighted_sum"`: as in MORLHF and
@@ -133,7 +135,7 @@ class MPOConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["constraints"]
 
-    objective: str = field(default="reward", metadata={"help": "'reward' or 'implicit' (log-ratios of the policies)."})
+    objective: str = field(default="reward", metadata={"help": "'reward', 'achieved' or 'implicit'."})
     beta: float = field(default=0.1, metadata={"help": "KL coefficient, in the units of the rewards."})
     proposal: str | None = field(
         default=None,
@@ -217,7 +219,7 @@ class MPOConfig(TrainingArguments):
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False  # batches hold text, which cannot be sent between devices
-        _check_choice("objective", self.objective, ("reward", "implicit"))
+        _check_choice("objective", self.objective, ("reward", "achieved", "implicit"))
         if self.proposal is None:
             self.proposal = "reference" if self.objective == "reward" else "mixture"
         _check_choice("proposal", self.proposal, ("reference", "mixture"))
@@ -281,6 +283,11 @@ class MPOConfig(TrainingArguments):
         if gains_over_reference and self.constraints:
             raise ValueError(f"`constraints` go with max_min, weighted_sum or cvar, not with {self.welfare}.")
         beyond = self.welfare != "max_min" or self.constraints
+        if self.objective == "achieved" and (self.estimator == "bsmd" or gains_over_reference):
+            raise ValueError(
+                '`objective="achieved"` needs `estimator="mis"`, and a max-min, a weighted sum or CVaR; got '
+                f"estimator={self.estimator!r} and welfare={self.welfare!r}."
+            )
         if self.objective == "implicit" and (gains_over_reference or self.constraints):
             raise ValueError(
                 f"`welfare={self.welfare!r}` with `constraints={self.constraints}` needs rewards on a scale of their own, which "

@@ -148,8 +148,10 @@ class MPOTrainer(MixtureSaving, Trainer):
             check_prompts(f"eval_dataset {name}".strip(), dataset, required=False)
         if reward_funcs is not None and not isinstance(reward_funcs, list | tuple):
             reward_funcs = [reward_funcs]
-        if not reward_funcs and args.objective == "reward" and rollouts is None:
-            raise ValueError('`objective="reward"` needs `reward_funcs`, one an objective. Without, try "implicit".')
+        if not reward_funcs and args.objective != "implicit" and rollouts is None:
+            raise ValueError(
+                f"`objective={args.objective!r}` needs `reward_funcs`, one an objective. Without, try 'implicit'."
+            )
         if isinstance(model, list | tuple) and reward_funcs and len(reward_funcs) != len(model):
             raise ValueError(
                 f"Got {len(reward_funcs)} `reward_funcs` for {len(model)} policies; MPO needs one for each."
@@ -167,7 +169,7 @@ class MPOTrainer(MixtureSaving, Trainer):
                 f"The fit starts from the weights of the mixture, {model.config.mixture_weights}, and a weight of zero would "
                 "stay zero for ever. Start from uniform weights, or leave that policy out."
             )
-        if reference is None and (args.objective == "reward" or args.proposal == "reference"):
+        if reference is None and (args.objective != "implicit" or args.proposal == "reference"):
             raise ValueError(
                 "This mixture has no reference policy. Pass `ref_model=`, the policy that all others were aligned from."
             )
@@ -380,7 +382,7 @@ class MPOTrainer(MixtureSaving, Trainer):
         return pad_completions(prompt_ids, completion_ids, self.processing_class.pad_token_id, self.model.device)
 
     def _known_rewards(self, known: dict[str, list] | None) -> torch.Tensor | None:
-        if self.args.objective == "reward" and not self.reward_functions and None in known.get("rewards", [None]):
+        if self.args.objective != "implicit" and not self.reward_functions and None in known.get("rewards", [None]):
             raise ValueError(
                 f"The rewards of {self.objective_names} are not all known from the rollouts. Pass `reward_funcs`."
             )
@@ -468,7 +470,7 @@ class MPOTrainer(MixtureSaving, Trainer):
         estimate = self.goal.estimate(prompt, completions.proposal_logps, **known, sets_scale=False)
         weights = self.goal.objective_weights(self.model.config.mixture_weights)
         loss = estimate.loss(weights)
-        self.record("eval", self._loss_name, loss.reshape(1))
+        self._record_loss("eval", loss)
         self.record("eval", "effective_sample_size", torch.tensor([estimate.effective_sample_size(weights)]))
         self._record_completions("eval", completions, known.get("rewards"))
         return loss
@@ -560,13 +562,12 @@ class MPOTrainer(MixtureSaving, Trainer):
             return self.weights.detach().clone()
         return optimizer.average(self.weights)
 
-    @property
-    def _loss_name(self) -> str:
-        return "negative_welfare" if self.args.objective == "achieved" else "dual_objective"
-
     def is_sure_enough(self) -> bool:
         """Whether the duality gap is known to be below `args.tolerance`. Never when there is nothing to save by ending."""
-        if self.certificate is None or self._fits_given or self.args.welfare == "weighted_sum":
+        known = (
+            self.args.welfare == "weighted_sum" and self.args.objective != "achieved"
+        )  # there are no weights to find
+        if self.certificate is None or self._fits_given or known:
             return False
         enough = self.rollouts.estimate.table.num_prompts >= MIN_PROMPTS
         return enough and self.certificate.duality_gap_bound <= self.args.tolerance
@@ -596,6 +597,10 @@ class MPOTrainer(MixtureSaving, Trainer):
         if mode == "train":
             self._warn_of_collapse(self._metrics[mode]["effective_sample_size"][-1])
 
+    def _record_loss(self, mode: str, loss: torch.Tensor) -> None:
+        name, value = ("welfare", -loss) if self.args.objective == "achieved" else ("dual_objective", loss)
+        self.record(mode, name, value.reshape(1))
+
     def _record_completions(self, mode: str, completions: Completions, rewards: torch.Tensor | None) -> None:
         self.record(mode, "completions/mean_length", completions.completion_mask.sum(-1))
         if rewards is not None:
@@ -608,7 +613,7 @@ class MPOTrainer(MixtureSaving, Trainer):
     def _record_certificate(self) -> None:
         """What is known of the weights after they have been fitted to a larger table."""
         certificate, estimate, weights = self.certificate, self.rollouts.estimate, self.weights.detach()
-        self.record("train", self._loss_name, estimate.loss(weights).reshape(1))
+        self._record_loss("train", estimate.loss(weights))
         self.record("train", "effective_sample_size", torch.tensor([estimate.effective_sample_size(weights)]))
         self._warn_of_collapse(self._metrics["train"]["effective_sample_size"][-1])
         if certificate is not None:
@@ -629,7 +634,7 @@ class MPOTrainer(MixtureSaving, Trainer):
             advice = 'Draw from the mixture itself with `proposal="mixture"`'
         else:
             advice = "Draw more completions (`num_generations`), or shorter ones (`max_completion_length`)"
-        if self.args.objective == "reward":
+        if self.args.objective != "implicit":
             advice += ", or raise `beta`"
         logger.warning(
             f"Only {fraction:.1%} of the completions count: the effective sample size has collapsed, and the weights may "
