@@ -74,9 +74,13 @@ def _append(layers: Sequence[DynamicLayer], *states: torch.Tensor) -> tuple[torc
     end = length + states[0].shape[-2]
     shared = _shared(layers)
     if shared is None or shared[0].shape[-2] < end or _is_frozen(shared[0]):
-        room = 64 + end // 8
+        # layers that were reordered, as beams are at every step, will be again, and room would be left behind
+        room = 0 if length and shared is None and hasattr(layers[0], "mixture_blocks") else 64 + end // 8
         # zeros, not whatever lay there: an exported model hands the whole out
-        shared = tuple(new.new_zeros(*new.shape[:-2], end + room, new.shape[-1]) for new in states)
+        make = torch.zeros if room else torch.empty
+        shared = tuple(
+            make(*new.shape[:-2], end + room, new.shape[-1], dtype=new.dtype, device=new.device) for new in states
+        )
         for tensor, name in zip(shared, ("keys", "values")):
             for i, layer in enumerate(layers if length else ()):
                 tensor[i * rows : (i + 1) * rows, :, :length] = getattr(layer, name)

@@ -492,6 +492,24 @@ def test_a_cache_grows_beyond_its_room(three):
     assert cache.layers[0].keys.untyped_storage().nbytes() < 2 * 3 * cache.layers[0].keys.nbytes
 
 
+def test_beams_are_gathered_without_room_that_the_next_reordering_leaves_behind(three):
+    mixture, _ = three
+
+    def search():
+        cache, held = DynamicCache(config=mixture.config), []
+        mixture(IDS[:, :3], past_key_values=cache)
+        for i in range(3, 6):
+            cache.reorder_cache(torch.tensor([1, 0]))
+            logits = mixture(IDS[:, i : i + 1], past_key_values=cache).logits
+            held.append(cache.layers[0].keys.untyped_storage().nbytes() / cache.layers[0].keys.nbytes)
+        return logits, held
+
+    logits, held = search()
+    assert held == [3, 3, 3]  # keys of the three components, no more
+    with one_after_another(mixture):
+        torch.testing.assert_close(logits, search()[0], **CLOSE)
+
+
 def test_a_cache_made_in_inference_mode_is_used_outside_of_it(three):
     mixture, _ = three
     cache = DynamicCache(config=mixture.config)
