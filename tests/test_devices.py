@@ -1,5 +1,10 @@
 """Components on devices of their own, offloaded, quantised: the mixture is that of the components so placed."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import EOS, VOCAB, completions_of, greedy, left_pad, save_lora, save_tiny, tiny, tiny_tokenizer
@@ -171,6 +176,52 @@ def test_offloaded_reward_models_score_the_same(policies, tmp_path, device_map):
         (reward,) = make_reward_functions([model], processing_classes=[tokenizer])
         found.append(reward(["t1 t5", "t9"], [" t3", " t4 t8 t2"]).tolist())
     assert found[0] == found[1] and found[0][0] != found[0][1]
+
+
+FITS = """
+import itertools, json, os, sys
+import torch
+sys.path.insert(0, {tests!r})
+from second_device import place
+from test_trainer import make_trainer
+from toy import toy_policy
+from mpo_hf import MixturePolicyModel
+
+def fit(name, second, **options):
+    reference = toy_policy(100, 0.5)
+    models = [toy_policy(1, 0.1, reference), toy_policy(2, 0.1, reference), reference]
+    for i, model in enumerate(models):
+        model.set_attn_implementation("eager")
+        if i in second:
+            place(model)
+    mixture = MixturePolicyModel.from_policies(models[:2], reference=models[2])
+    mixture.hf_device_map = {{f"backbone_{{i}}": "second" if i in second else "cpu" for i in range(2)}}
+    assert [next(model.parameters()).device.type for model in models] == ["second" if i in second else "cpu" for i in range(3)]
+    run = make_trainer(mixture, os.path.join({out!r}, name), refresh_below=1.0, max_steps=3, use_cpu=True, **options)
+    run.train()
+    return run.weights.tolist()
+
+torch.set_num_threads(1)
+fits = {{}}
+for (estimator, proposal), there in zip(itertools.product(("bsmd", "mis"), ("mixture", "reference")), ([0, 2], [1, 2], [1], [0])):
+    options = dict(estimator=estimator, proposal=proposal, save_strategy="no", num_resamples=10)
+    fits[estimator + proposal] = [fit(f"{{estimator}}-{{proposal}}-{{second}}", second, **options) for second in ([], there)]
+try:
+    torch.cat([torch.ones(1), torch.ones(1, device="second")])
+except RuntimeError:
+    print(json.dumps(fits))
+"""
+
+
+def test_fits_with_policies_on_different_devices_find_the_same_weights(tmp_path):
+    """In a process of its own: the device is there for all of it."""
+    script = FITS.format(tests=str(Path(__file__).parent), out=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    fits = json.loads(done.stdout.splitlines()[-1])
+    assert len(fits) == 4
+    for in_one_place, apart in fits.values():
+        assert in_one_place == apart != [0.5, 0.5]
 
 
 # ---- quantisation ----
