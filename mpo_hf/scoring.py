@@ -36,11 +36,11 @@ class CompletionScorer:
     def __init__(self, policies: Sequence[MixturePolicyModel]):
         groups: dict[Any, list[int]] = {}
         for k, policy in enumerate(policies):
-            groups.setdefault(_shared_model(policy) or k, []).append(k)
+            groups.setdefault(_single_model(policy) or k, []).append(k)
         self._count = len(policies)
+        # the policies that run together, the model that they are components of, and whether to pool these
         self._groups = [
-            (members, _as_one([policies[k] for k in members]), isinstance(key, tuple))
-            for key, members in groups.items()
+            (members, _as_one([policies[k] for k in members]), isinstance(key, int)) for key, members in groups.items()
         ]
 
     def logps(self, completions: "Completions", batch_size: int = 8) -> torch.Tensor:
@@ -62,8 +62,8 @@ class CompletionScorer:
             caches = [read_prompts(model, prompts.ids, prompts.mask) for _, model, _ in self._groups]
             for batch in prompts.completions(completions, batch_size):
                 held: dict[int, torch.Tensor] = {}
-                for (members, model, by_component), cache in zip(self._groups, caches):
-                    for k, logits in zip(members, _logits(model, by_component, batch, cache)):
+                for (members, model, pools), cache in zip(self._groups, caches):
+                    for k, logits in zip(members, _logits(model, pools, batch, cache)):
                         policy_logps[batch.rows, k] = batch.logps([logits])
                         if mixtures:
                             held[k] = logits
@@ -198,8 +198,8 @@ def _known(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.T
 # ---- policies ----
 
 
-def _shared_model(policy: MixturePolicyModel) -> tuple[int, int] | None:
-    """Equal for policies whose rows may run side by side; `None` for one that is more than one model's logits."""
+def _single_model(policy: MixturePolicyModel) -> tuple[int, int] | None:
+    """For a policy that is one model as it is: equal for those that run on the same one. `None` for a mixture."""
     config = policy.config
     if config.mixture_weights != [1.0] or config.plausibility or hasattr(policy, "peft_config"):
         return None
@@ -219,14 +219,14 @@ def _as_one(policies: Sequence[MixturePolicyModel]) -> MixturePolicyModel:
 
 
 def _logits(
-    model: MixturePolicyModel, by_component: bool, batch: _Batch, cache: DynamicCache | None
+    model: MixturePolicyModel, pools: bool, batch: _Batch, cache: DynamicCache | None
 ) -> Iterator[torch.Tensor]:
     """Logits of a batch's completions, shape `(rows, completion_length, vocab_size)`: of every component, or pooled."""
     ids, keep = batch.inputs, batch.completion_ids.shape[1]
     if cache is not None:
         ids, cache = ids[:, cache.get_seq_length() :], _rows(cache, batch.prompts)
     common = {"use_cache": cache is not None, "logits_to_keep": keep}
-    if not by_component:
+    if pools:
         yield model(ids, batch.mask, past_key_values=cache, **common).logits
         return
     inputs = model._inputs_for_all(ids, batch.mask, None) | common

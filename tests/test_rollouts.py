@@ -232,6 +232,20 @@ def test_prompts_of_one_token_and_empty_completions_are_scored(adapters):
     assert completion_logps(views, completions).tolist() == [[0.0, 0.0, 0.0]]
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral", "gemma3"])
+def test_a_prompt_of_one_token_beside_longer_ones(architecture):
+    """Of what is read before the last token of a prompt, it has nothing but padding."""
+    models = [tiny(architecture, seed) for seed in range(2)]
+    mixture = MixturePolicyModel.from_policies(models, [0.3, 0.7])
+    prompts = [[BOS], *SOME_PROMPTS]
+    completions, pairs = some_completions(prompts, [[[5, 7], [9]], *SOME_COMPLETIONS])
+    found = completion_logps([mixture.policy(0), mixture.policy(1)], completions)
+    torch.testing.assert_close(found, alone(models, pairs), **CLOSE)
+    drawn = sample_completions(mixture, prompts, 2, 5, PAD)
+    pairs = [(prompts[row // 2], ids) for row, ids in enumerate(drawn.id_lists())]
+    torch.testing.assert_close(drawn.policy_logps, alone(models, pairs), **CLOSE)
+
+
 def test_padding_may_be_an_id_beyond_the_vocabulary():
     _, pairs = some_completions()
     completions = pad_completions([p for p, _ in pairs], [a for _, a in pairs], VOCAB + 5, "cpu")
