@@ -107,6 +107,17 @@ def test_everything_that_is_known_of_a_completion_is_kept(trainer, folders, tmp_
         assert row["rewards"] == [count_c([row["completion"]])[0], count_b([row["completion"]])[0]]
 
 
+@pytest.mark.parametrize("estimator", ["mis", "bsmd"])
+@pytest.mark.parametrize("proposal, told", [("mixture", "policy_scorer"), ("reference", "reference_scorer")])
+def test_what_sampling_has_told_is_not_computed(trainer, estimator, proposal, told):
+    run = trainer(estimator=estimator, proposal=proposal, normalize_rewards=False, refresh_below=0.0, max_steps=3)
+    run.train()
+    made = {name for name in vars(run) if name.endswith("_scorer")}
+    assert told not in made
+    if (estimator, proposal) != ("bsmd", "reference"):  # which needs no log-probabilities at all
+        assert len(made) == 1
+
+
 def test_proposals_that_drew_for_one_prompt_are_weighed_together(trainer, folders, monkeypatch):  # noqa: F811
     """The proposal is renewed at every step; densities are compared with those of independent models."""
     run = trainer(proposal="mixture", refresh_below=1.0, max_steps=4, per_device_train_batch_size=16)
