@@ -250,6 +250,7 @@ class RolloutFit:
         growth = 1 if trainer._fits_given else GROWTH
         is_last = trainer.state.global_step + 1 == trainer.state.max_steps and trainer.accelerator.sync_gradients
         if rows >= self._fitted_rows * (1 + growth) or (is_last and rows > self._fitted_rows):
+            self.estimate = self._value = None  # the old one and the new one need not fit into memory together
             self._fitted_rows, self.estimate, self._is_new = rows, self.make_estimate(), True
 
     def best(self, weights: torch.Tensor) -> torch.Tensor | None:
