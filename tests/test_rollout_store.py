@@ -1,5 +1,6 @@
 """Where completions are kept: shards, what is read of them, and the columns of their numbers."""
 
+import json
 import random
 import sys
 from pathlib import Path
@@ -211,6 +212,21 @@ def test_ids_of_one_step_do_not_run_into_those_of_the_next():
 
 
 # ---- size ----
+
+
+def test_the_benchmark_writes_a_store_and_fits_it(tmp_path, capsys):
+    benchmark.write_store(tmp_path, 400, 100)
+    rows = RolloutStore(tmp_path, {"objectives": benchmark.LABELS}).read(
+        ("proposal", "proposal_logps", "policy_logps")
+    )
+    assert {tuple(proposal) for proposal in rows["proposal"]} == set(map(tuple, benchmark.PROPOSALS))
+    for proposal, logp, policies in zip(*rows.values()):  # the pooled log-probability, less log Z of every token
+        assert logp > sum(w * policy for w, policy in zip(proposal, policies))
+    benchmark.fit(tmp_path, 100, num_resamples=5)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["rows"] == 400 and sum(found["weights"]) == pytest.approx(1) and min(found["weights"]) > 0.1
+    benchmark.draw([found, {**found, "rows": 4000}], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
