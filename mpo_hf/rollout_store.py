@@ -36,6 +36,13 @@ COLUMNS = (
 )
 
 
+class _Rows(Dataset):
+    """Rows with the types that `Dataset` gives them, but no fingerprint: that would take longer than all else."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"fingerprint": "rollouts", **kwargs})
+
+
 class RolloutStore:
     r"""
     A folder of completions. Each batch writes one shard, `rollouts-{step}-{part}.parquet`, a row a completion:
@@ -100,7 +107,7 @@ class RolloutStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         if part == 0 and not (self.folder / INFO).is_file():
             write_whole(self.folder / INFO, lambda path: path.write_text(json.dumps(self.info, indent=2) + "\n"))
-        table = Dataset.from_dict(dict(columns)).data.table
+        table = _Rows.from_dict(dict(columns)).data.table
         write_whole(
             self.path(kind, step, part),
             lambda path: pyarrow.parquet.write_table(table, path, row_group_size=ROW_GROUP),
@@ -233,8 +240,7 @@ class StoredCompletions(torch.utils.data.Dataset):
             path, index = self._groups[group]
             with pyarrow.parquet.ParquetFile(path) as shard:
                 table = shard.read_row_group(index, columns=self.column_names, use_threads=False)
-            # a fingerprint of its own would take longer than reading it
-            self._last = (group, Dataset(table, fingerprint=f"{path.name}-{index}"))
+            self._last = (group, _Rows(table))
         return self._last[1]
 
     def _pick(self, row: dict[str, Any]) -> dict[str, Any]:
