@@ -14,7 +14,7 @@ import statistics
 import time
 
 import torch
-from stacked_adapters import interleaved, peak_memory, quartiles
+from common import interleaved, peak_memory, quartiles, show
 
 from mpo_hf.pooling import log_linear_pool
 
@@ -56,7 +56,7 @@ def measure(logits: torch.Tensor, args: argparse.Namespace) -> list[str]:
     copy = logits.numel() * 4 / 2**20
     copies = [f"{peak_memory(way) / copy:.2f}" for way in ways.values()]
     gain = [whole / own for whole, own in zip(seconds["whole"], seconds["in place"])]
-    return [f"{copy:.1f}", *copies, f"{statistics.median(seconds['in place']) * 1000:.1f}", quartiles(gain)]
+    return [f"{copy:.1f}", *copies, f"{statistics.median(seconds['in place']) * 1000:.1f}", show(quartiles(gain))]
 
 
 def main() -> None:

@@ -1,0 +1,72 @@
+"""The benchmarks of decoding run, at their smallest; what they say on a real model is in docs/benchmarks.md."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_benchmark(script: str, *options: str) -> str:
+    command = [sys.executable, f"examples/benchmarks/{script}", *options]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+def assert_ratios(rows: list[dict]) -> None:
+    for row in rows:
+        assert all(math.isfinite(ratio) and ratio > 0 for ratio in row["to_base"]), row
+
+
+def test_ways_to_decode_give_one_distribution_and_a_table(tmp_path):
+    options = ["--tiny", "--quick", "--threads", "1", "--output_dir", str(tmp_path)]
+    output = run_benchmark("decoding.py", *options, "--sections", "peers", "growth", "--plot", str(tmp_path / "a.png"))
+    rows = json.loads((tmp_path / "decoding-peers.json").read_text())["rows"]
+    ways = {"base", "this project", "loop over adapters", "loop over full models", "PEFT adapter_names", "MOD's loop"}
+    assert {row["way"] for row in rows if row["K"] == 3} == ways
+    assert {row["way"] for row in rows if row["K"] == 2} == ways | {"classifier-free guidance"}
+    assert_ratios(rows)
+    assert all(row["apart"] < 1e-4 for row in rows if row["way"] != "base")
+    growth = json.loads((tmp_path / "decoding-growth.json").read_text())["rows"]
+    assert {row["axis"] for row in growth} == {"K", "batch", "context"}
+    assert_ratios(growth)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "classifier-free guidance" in output
+
+    page = tmp_path / "page.md"
+    page.write_text("# Before\n\n<!-- decoding: peers -->\n\nan old table\n\n<!-- end -->\n\nBehind\n")
+    run_benchmark("decoding.py", *options, "--markdown", str(page))
+    text = page.read_text()
+    assert text.startswith("# Before\n\n<!-- decoding: peers -->\n\n| K | batch | way |")
+    assert text.endswith("<!-- end -->\n\nBehind\n") and "an old table" not in text
+
+
+@pytest.mark.slow
+def test_other_sections_of_decoding(tmp_path):
+    options = ["--tiny", "--quick", "--threads", "1", "--output_dir", str(tmp_path)]
+    run_benchmark("decoding.py", *options, "--sections", "memory", "sequence_level", "weight_space")
+    rows = json.loads((tmp_path / "decoding-weight_space.json").read_text())["rows"]
+    apart = {row["way"]: row["kl"] for row in rows}
+    assert apart["this project"] < 1e-6 < apart["PEFT, cat"] < apart["PEFT, linear"]
+    assert_ratios(rows)
+    memory = json.loads((tmp_path / "decoding-memory.json").read_text())["rows"]
+    assert all(row["peak"] > row["parameters"] > 0 for row in memory)
+
+
+@pytest.mark.parametrize("mode", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_benchmark_for_a_gpu_runs_on_the_cpu(mode, tmp_path):
+    options = ["--shapes", "tiny", "--device", "cpu", "--dtype", "float32", "--batch_sizes", "2", "--modes", mode]
+    options += ["--prompt_length", "4", "--new_tokens", "4", "--repetitions", "2"]
+    output = run_benchmark("gpu.py", *options, "--output", str(tmp_path / "gpu.json"))
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    ways = ["base", "this project", "one after another", "PEFT adapter_names"]
+    assert [(row["mode"], row["way"], row["failed"]) for row in rows] == [(mode, way, None) for way in ways]
+    assert_ratios(rows)
+    assert all(row["same_tokens"] for row in rows if row["way"] != "base")
+    assert "Goal (at most 1.15 times the base at batch 1 on the shape 8B): not measured." in output
