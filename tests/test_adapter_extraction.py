@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -397,3 +399,12 @@ def test_adapter_of_a_real_model_is_found_again():
     assert max(module.rank for module in report.modules) <= 8
     assert report.mean_kl_base > 1e-2
     assert report.mean_kl < 1e-4 * report.mean_kl_base
+
+
+@pytest.mark.slow
+def test_benchmark_of_full_checkpoints_runs():
+    script = EXAMPLES / "benchmarks" / "full_checkpoints.py"
+    options = ["--shapes", "tiny", "--counts", "3", "--batch_sizes", "2", "--repetitions", "4", "--threads", "1"]
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"\| tiny \| 3 \| 2 \| [\d.]+( \| [\d.]+ \([\d.]+ to [\d.]+\)){4} \|", done.stdout)
