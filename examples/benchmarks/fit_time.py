@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import describe_machine, quartiles, show, table
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
@@ -169,23 +170,22 @@ def main() -> None:
                 trainer.train()
                 seconds["all"] = clock() - start
             fits[kind].append({part: seconds[part] / bare[-1] for part in ("all", *PARTS)})
-    print_table(args, bare[1:], {kind: ratios[1:] for kind, ratios in fits.items()}, clock)
+    print_table(args, bare[1:], {kind: ratios[1:] for kind, ratios in fits.items()})
 
 
-def print_table(args: argparse.Namespace, bare: list[float], fits: dict, clock: Clock) -> None:
+def print_table(args: argparse.Namespace, bare: list[float], fits: dict[tuple[str, str], list[dict]]) -> None:
     print(
-        f"SmolLM2-135M, float32, {args.threads} threads, {clock.__name__}, {args.prompts} prompts x {args.num_generations} "
-        f"completions of up to {args.max_completion_length} tokens, {args.batch_size} at a time. Bare generation takes "
-        f"{statistics.median(bare):.1f} s; all else in multiples of it:\n"
+        f"{args.prompts} prompts x {args.num_generations} completions of up to {args.max_completion_length} tokens, "
+        f"{args.batch_size} at a time; {describe_machine()}. Bare generation takes {statistics.median(bare):.1f} s; all else in "
+        "multiples of it:\n"
     )
-    print("| proposal | estimator | fit | " + " | ".join(PARTS) + " | rest |")
-    print("|" + "---|" * (len(PARTS) + 4))
+    rows = []
     for (estimator, proposal), ratios in fits.items():
-        cells = [f"{statistics.median(r[part] for r in ratios):.2f}" for part in PARTS]
-        rest = statistics.median(r["all"] - sum(r[part] for part in PARTS) for r in ratios)
-        low, middle, high = statistics.quantiles([r["all"] for r in ratios], n=4)
-        fit = f"**{middle:.2f}** ({low:.2f} to {high:.2f})"
-        print(f"| {proposal} | {estimator} | {fit} | " + " | ".join([*cells, f"{rest:.2f}"]) + " |", flush=True)
+        parts = [statistics.median(ratio[part] for ratio in ratios) for part in PARTS]
+        rest = statistics.median(ratio["all"] - sum(ratio[part] for part in PARTS) for ratio in ratios)
+        fit = show(quartiles([ratio["all"] for ratio in ratios]))
+        rows.append([proposal, estimator, fit, *(f"{part:.2f}" for part in [*parts, rest])])
+    print(table(["proposal", "estimator", "fit", *PARTS, "rest"], rows))
 
 
 if __name__ == "__main__":

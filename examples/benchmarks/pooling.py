@@ -10,11 +10,10 @@ one of those is the result.
 """
 
 import argparse
-import statistics
 import time
 
 import torch
-from common import interleaved, peak_memory, quartiles, show
+from common import describe_machine, interleaved, peak_memory, ratios, show, table
 
 from mpo_hf.pooling import log_linear_pool
 
@@ -55,25 +54,29 @@ def measure(logits: torch.Tensor, args: argparse.Namespace) -> list[str]:
     seconds = interleaved(ways, args.repetitions, clock)
     copy = logits.numel() * 4 / 2**20
     copies = [f"{peak_memory(way) / copy:.2f}" for way in ways.values()]
-    gain = [whole / own for whole, own in zip(seconds["whole"], seconds["in place"])]
-    return [f"{copy:.1f}", *copies, f"{statistics.median(seconds['in place']) * 1000:.1f}", show(quartiles(gain))]
+    return [f"{copy:.1f}", *copies, show(ratios(seconds, "in place")["whole"])]
 
 
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    print(f"{args.components} components, batch {args.batch_size}, {args.threads} threads:\n")
-    print(
-        "| logits | length | vocabulary | one copy, MiB | in place, copies | whole, copies | in place, ms | whole / in place |"
-    )
-    print("|" + "---|" * 8)
+    print(f"{args.components} components, batch {args.batch_size}; {describe_machine()}\n")
+    header = [
+        "logits",
+        "length",
+        "vocabulary",
+        "a copy, MiB",
+        "in place, copies",
+        "whole, copies",
+        "time: whole / in place",
+    ]
+    rows = []
     for dtype in args.dtypes:
         for length in args.lengths:
             for vocab_size in args.vocab_sizes:
                 logits = torch.randn(args.batch_size, length, vocab_size, dtype=getattr(torch, dtype))
-                print(
-                    "| " + " | ".join([dtype, str(length), str(vocab_size), *measure(logits, args)]) + " |", flush=True
-                )
+                rows.append([dtype, length, vocab_size, *measure(logits, args)])
+    print(table(header, rows))
 
 
 if __name__ == "__main__":
