@@ -3,7 +3,10 @@
 import functools
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import GenerationConfig, GenerationMixin, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
 from .configuration_mixture import check_mixture_weights, prune_mixture_weights
@@ -143,3 +146,45 @@ class MixtureGenerationMixin(GenerationMixin):
         # the weights of a call are the target's; an assistant has its own, or none
         model_kwargs = {name: value for name, value in model_kwargs.items() if name != "mixture_weights"}
         return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(
+        attention_mask: torch.Tensor | None, past_key_values: Cache, **kwargs
+    ) -> torch.Tensor | None:
+        # Every component builds the masks of its own layers from the 2D mask. That has the length of the cache from the
+        # start, for compiled code to find the same shape at every step; what has not come yet is masked by causality.
+        if attention_mask is None:
+            return None
+        to_come = past_key_values.get_max_length() - attention_mask.shape[1]
+        return nn.functional.pad(attention_mask, (0, max(to_come, 0)), value=1)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, is_first_iteration: bool | None = False, **kwargs
+    ) -> dict[str, Any]:
+        # no `inputs_embeds` among the arguments: a mixture has no one table of embeddings
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if is_first_iteration:
+            inputs["input_ids"] = self._ids_for_all(inputs["input_ids"], kwargs.get("attention_mask"))
+        else:
+            # rows that have ended go on with padding under mask 1, be it an id that not all components have
+            foreign = inputs["input_ids"] >= self.config.vocab_size
+            inputs["input_ids"] = inputs["input_ids"].masked_fill(foreign, 0)
+        cache = inputs.get("past_key_values")
+        if cache is not None and cache.is_compileable:
+            inputs["mixture_weights"] = self._weights_for_compiled_code(inputs, is_first_iteration)
+        return inputs
+
+    def _weights_for_compiled_code(self, inputs: dict[str, Any], is_first_iteration: bool | None) -> torch.Tensor:
+        """
+        Checked weights as a tensor that compiled code takes as they are: it cannot look into them, and would be compiled
+        again for every number. Which components run it reads from the cache, and its stacks are made here.
+        """
+        weights, cache, rows = inputs.get("mixture_weights"), inputs["past_key_values"], len(inputs["input_ids"])
+        if is_first_iteration or weights is None:  # the model's own may be assigned at any time
+            _, active = self._weights_for(weights, rows)
+            active, views = self._views(cache, active)
+            if is_first_iteration and cache.is_initialized:  # chunks of a prompt may be compiled too
+                self._prepare_steps(active, views, rows)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        weights = torch.as_tensor(self.config.mixture_weights if weights is None else weights, dtype=dtype)
+        return weights.to(self.device, non_blocking=True)

@@ -13,24 +13,23 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .compat import activate_adapter, correct_parallel_plans, correct_tied_weights, parse_to, recomputes_layers
-from .component_loading import ComponentLoader, Policy, PolicyHandle, forward_parameters, is_by_component
+from .compat import correct_parallel_plans, correct_tied_weights, parse_to
+from .component_loading import ComponentLoader, Policy, PolicyHandle, is_by_component
+from .component_running import ComponentRunningMixin, execution_device
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig, check_mixture_weights
 from .hub import PUSH_ARGUMENTS, code_alongside, push_mixture
 from .mixture_building import build_mixture, open_mixture, read_mixture_config
-from .mixture_cache import bind_cache, component_views
 from .mixture_generation import MixtureGenerationMixin
 from .pooled_head import PooledBackbone, PooledHead
 from .pooling import log_linear_pool, rule_out_implausible
 from .presets import PresetMixin
-from .stacked_cache import StackedCacheView, can_stack, join_static_layers
-from .stacked_lora import AdapterStacks, can_run_stacked, repeat_rows
+from .stacked_lora import AdapterStacks
 
 
 logger = logging.get_logger(__name__)
 
 
-class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
+class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMixin, PreTrainedModel):
     r"""
     A log-linear mixture of causal language models, \\(\pi(v|s) \propto \prod_k \pi_k(v|s)^{\lambda_k}\\) at every step: the
     decoding rule of [Mixing Preference Optimization](https://huggingface.co/papers/2502.18699).
@@ -129,7 +128,7 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
     @property
     def device(self) -> torch.device:
         """Where the inputs belong: the device of the first weights that are not offloaded."""
-        return next((d for b in self.backbones if (d := _execution_device(b)).type != "meta"), torch.device("meta"))
+        return next((d for b in self.backbones if (d := execution_device(b)).type != "meta"), torch.device("meta"))
 
     @property
     def hf_device_map(self) -> dict[str, Any]:
@@ -341,205 +340,6 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
             raise ValueError(f"Got mixture weights for {len(weights)} rows, but the batch has {batch_size}.")
         active = (weights != 0).reshape(-1, weights.shape[-1]).any(0).nonzero().flatten().tolist()
         return weights.unbind(-1), active
-
-    def _views(self, cache: Cache, active: Sequence[int]) -> tuple[Sequence[int], dict[int, Cache]]:
-        """The components that a cache holds, and each one's view of it; a new cache is to hold those of `active`."""
-        counts = [decoder.num_hidden_layers for decoder in self.config.decoder_configs]
-        bound = bind_cache(cache, active, counts)
-        return bound, component_views(cache, bound, counts)
-
-    def _inputs_for_all(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
-    ) -> dict[str, torch.Tensor | None]:
-        """The inputs that mean the same to all components."""
-        return {
-            "input_ids": self._ids_for_all(input_ids, attention_mask),
-            "attention_mask": attention_mask,
-            "position_ids": _positions(position_ids, attention_mask, input_ids.shape[1]),
-        }
-
-    def _ids_for_all(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
-        """Replaces padding ids that some component has no embedding for; other ids of that kind are an error."""
-        sizes = {decoder.vocab_size for decoder in self.config.decoder_configs}
-        if sizes == {self.config.vocab_size}:
-            return input_ids
-        foreign = input_ids >= self.config.vocab_size
-        if torch.compiler.is_compiling() and input_ids.shape[1] == 1:  # a step of `generate`, which has looked
-            return input_ids.masked_fill(foreign, 0)
-        if not foreign.any():
-            return input_ids
-        seen = foreign
-        if attention_mask is not None and attention_mask.ndim == 2:
-            seen = foreign & (attention_mask[:, -input_ids.shape[1] :] != 0)
-        if seen.any():
-            raise ValueError(
-                f"The token id {input_ids[seen][0].item()} is not among the {self.config.vocab_size} that all components "
-                "have in common."
-            )
-        return input_ids.masked_fill(foreign, 0)
-
-    def _component_logits(
-        self, active: Sequence[int], inputs: dict[str, Any], views: dict[int, Cache], extras: dict[str, list]
-    ) -> Iterator[torch.Tensor]:
-        """Logits of one component after another. Adapters that can run side by side do so when the first is due."""
-        # the state of adapters is compared wherever something is computed anew, not at every step of decoding
-        is_step = inputs["input_ids"].shape[1] == 1 and bool(views)
-        groups = self._adapter_groups(active, inputs, views, check=not is_step)
-        done: dict[int, torch.Tensor] = {}
-        for k in active:
-            if k in groups and k not in done:
-                done.update(self._run_stacked(*groups[k], inputs, views))
-            yield (
-                done.pop(k) if k in done else self._run_policy(k, {**inputs, "past_key_values": views.get(k)}, extras)
-            )
-        if views and not is_step and not torch.compiler.is_compiling():
-            self._prepare_steps([k for k in active if k not in groups], views, len(inputs["input_ids"]))
-
-    def _adapter_groups(
-        self, active: Sequence[int], inputs: dict[str, Any], views: dict[int, Cache], check: bool = True
-    ) -> dict[int, tuple[list[int], nn.Module]]:
-        """
-        For components that run side by side in a call: all of their group, and the model that runs them. `check` is
-        whether to look if the adapters have changed.
-        """
-        groups: dict[int, tuple[list[int], nn.Module]] = {}
-        if not self.stack_adapters or hasattr(self, "peft_config") or not can_stack(views.values()):
-            return groups
-        for index in dict.fromkeys(self.policies[k].backbone for k in active):
-            members = self._stackable(index, active)
-            if len(members) > 1 and can_run_stacked(self.backbones[index], inputs, len(members)):
-                stack = self._stacks[index].get([self.policies[k].adapter for k in members], check=check)
-                if stack is not None:
-                    groups |= dict.fromkeys(members, (members, stack))
-        return groups
-
-    def _prepare_steps(self, active: Sequence[int], views: dict[int, Cache], rows: int) -> None:
-        """
-        Has ready what steps of decoding need of adapters that a long prompt has run one after another. Steps do not look
-        whether adapters have changed, and those that are compiled neither stack adapters nor gather their keys.
-        """
-        step = {"input_ids": torch.empty(rows, 1, dtype=torch.long, device=self.device)}
-        for members, _ in self._adapter_groups(active, step, views).values():
-            join_static_layers([views[k] for k in members])
-
-    def _stackable(self, index: int, components: Sequence[int]) -> list[int]:
-        """Which of some components run on a model by adapters that can run side by side."""
-        members = [k for k in components if self.policies[k].backbone == index]
-        if len(members) < 2:
-            return []
-        model = self.backbones[index]
-        if index not in self._stacks or self._stacks[index].model is not model:
-            if torch.compiler.is_compiling():
-                return []  # stacks are made where nothing is compiled, such as before the first step of `generate`
-            self._stacks[index] = AdapterStacks(model)
-        return [k for k in members if self._stacks[index].allows(self.policies[k].adapter)]
-
-    @property
-    def stacked_components(self) -> list[list[int]]:
-        """
-        Components that are adapters over one base and run in one forward pass, where they have weight and nothing is
-        trained. All others run one after another, with the same results; why is logged at the level `info`.
-        """
-        groups = [self._stackable(index, range(len(self.policies))) for index in range(self._num_backbones)]
-        return [
-            group
-            for index, group in enumerate(groups)
-            if len(group) > 1 and self._stacks[index].get([self.policies[k].adapter for k in group]) is not None
-        ]
-
-    def _run_stacked(
-        self, members: list[int], stack: nn.Module, inputs: dict[str, Any], views: dict[int, Cache]
-    ) -> dict[int, torch.Tensor]:
-        """Logits of components that run side by side."""
-        keep = inputs["logits_to_keep"]
-        inputs = self._accepted_inputs(stack, inputs)
-        if views:
-            inputs["past_key_values"] = StackedCacheView([views[k] for k in members])
-        logits = self._common_logits(stack(**repeat_rows(inputs, len(members)), return_dict=True).logits, inputs, keep)
-        return dict(zip(members, logits.chunk(len(members))))
-
-    def _run_policy(self, k: int, inputs: dict[str, Any], extras: dict[str, list]) -> torch.Tensor:
-        """Logits of component `k` over the common token ids; hidden states and attentions are added to `extras`."""
-        keep = inputs["logits_to_keep"]
-        backbone, inputs = self._ready_policy(k, inputs)
-        output = backbone(**inputs, return_dict=True)
-        for name, collected in extras.items():
-            collected.extend(getattr(output, name, None) or ())
-        return self._common_logits(output.logits, inputs, keep)
-
-    def _common_logits(self, logits: torch.Tensor, inputs: dict[str, Any], keep: int | torch.Tensor) -> torch.Tensor:
-        """The part of a component's logits that was asked for, over the common token ids."""
-        if "logits_to_keep" not in inputs:
-            logits = logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
-        return logits[..., : self.config.vocab_size]
-
-    def _ready_policy(self, k: int, inputs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-        """The model that runs component `k`, with its adapter active, and what it accepts of `inputs`, on its device."""
-        handle = self.policies[k]
-        backbone = self.backbones[handle.backbone]
-        activate_adapter(backbone, handle.adapter)
-        if self.training and torch.is_grad_enabled() and recomputes_layers(backbone) and self._is_shared(handle):
-            raise ValueError(
-                "With gradient checkpointing the layers run again when gradients are computed, and then with the adapter "
-                "that ran last: those of the others would be wrong. Train adapters of one model without it."
-            )
-        return backbone, self._accepted_inputs(backbone, inputs)
-
-    @staticmethod
-    def _accepted_inputs(backbone: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What a model accepts of `inputs`, on its device."""
-        accepted = forward_parameters(backbone)
-        inputs = {n: v for n, v in inputs.items() if n in accepted or n not in ("position_ids", "logits_to_keep")}
-        device = _execution_device(backbone)
-        return {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
-
-    def _is_shared(self, handle: PolicyHandle) -> bool:
-        return len({other.adapter for other in self.policies if other.backbone == handle.backbone}) > 1
-
-    @staticmethod
-    def create_masks_for_generate(
-        attention_mask: torch.Tensor | None, past_key_values: Cache, **kwargs
-    ) -> torch.Tensor | None:
-        # Every component builds the masks of its own layers from the 2D mask. That has the length of the cache from the
-        # start, for compiled code to find the same shape at every step; what has not come yet is masked by causality.
-        if attention_mask is None:
-            return None
-        to_come = past_key_values.get_max_length() - attention_mask.shape[1]
-        return nn.functional.pad(attention_mask, (0, max(to_come, 0)), value=1)
-
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, is_first_iteration: bool | None = False, **kwargs
-    ) -> dict[str, Any]:
-        # no `inputs_embeds` among the arguments: a mixture has no one table of embeddings
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if is_first_iteration:
-            inputs["input_ids"] = self._ids_for_all(inputs["input_ids"], kwargs.get("attention_mask"))
-        else:
-            # rows that have ended go on with padding under mask 1, be it an id that not all components have
-            foreign = inputs["input_ids"] >= self.config.vocab_size
-            inputs["input_ids"] = inputs["input_ids"].masked_fill(foreign, 0)
-        cache = inputs.get("past_key_values")
-        if cache is not None and cache.is_compileable:
-            inputs["mixture_weights"] = self._weights_for_compiled_code(inputs, is_first_iteration)
-        return inputs
-
-    def _weights_for_compiled_code(self, inputs: dict[str, Any], is_first_iteration: bool | None) -> torch.Tensor:
-        """
-        Checked weights as a tensor that compiled code takes as they are: it cannot look into them, and would be compiled
-        again for every number. Which components run it reads from the cache, and its stacks are made here.
-        """
-        weights, cache, rows = inputs.get("mixture_weights"), inputs["past_key_values"], len(inputs["input_ids"])
-        if is_first_iteration or weights is None:  # the model's own may be assigned at any time
-            _, active = self._weights_for(weights, rows)
-            active, views = self._views(cache, active)
-            if is_first_iteration and cache.is_initialized:  # chunks of a prompt may be compiled too
-                self._prepare_steps(active, views, rows)
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        weights = torch.as_tensor(self.config.mixture_weights if weights is None else weights, dtype=dtype)
-        return weights.to(self.device, non_blocking=True)
 
     def train(self, mode: bool = True) -> "MixturePolicyModel":
         """
@@ -802,15 +602,6 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, PreTrainedModel):
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
 
-def _execution_device(backbone: nn.Module) -> torch.device:
-    """Where a model computes. Weights that Accelerate offloads are on `meta` until they are needed."""
-    device = next((p.device for p in backbone.parameters() if p.device.type != "meta"), None)
-    if device is None:
-        base = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
-        device = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
-    return torch.device("meta" if device is None else device)
-
-
 def _take_attention_by_component(kwargs: dict[str, Any]) -> dict[str, str]:
     """Takes an `attn_implementation` for `component_k` out of arguments that are meant for all components alike."""
     by_component = isinstance(kwargs.get("attn_implementation"), dict)
@@ -824,12 +615,3 @@ def _keep_layers(hidden_states: list[torch.Tensor], wanted: bool | int | list[in
     count = len(hidden_states)
     kept = {i % count for i in ([wanted] if isinstance(wanted, int) else wanted) if -count <= i < count}
     return tuple(state if i in kept else None for i, state in enumerate(hidden_states))
-
-
-def _positions(
-    position_ids: torch.LongTensor | None, attention_mask: torch.Tensor | None, length: int
-) -> torch.LongTensor | None:
-    """Positions from a 2D attention mask: without them some architectures are silently wrong on left padding."""
-    if position_ids is not None or attention_mask is None or attention_mask.ndim != 2:
-        return position_ids
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
