@@ -326,6 +326,8 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
         config = self.config
         if mixture_weights is None:
             own = config.mixture_weights
+            if config.plausibility and own[0] <= 0:
+                raise ValueError(f"`plausibility` is judged by the first component, whose weight is {own[0]}.")
             return own, [k for k, w in enumerate(own) if w != 0]
         if (
             torch.compiler.is_compiling()

@@ -58,6 +58,15 @@ def test_a_preset_survives_saving(policies, ids, tmp_path):
     torch.testing.assert_close(probabilities(opened, ids), probabilities(model, ids))
 
 
+def test_plausibility_needs_the_component_that_judges(policies, ids):
+    model = MixturePolicyModel.from_contrast(*policies[:2], penalty=0.5, plausibility=0.3)
+    with pytest.raises(ValueError, match="judged by the first component"):
+        model(ids, mixture_weights=[0.0, 1.0])
+    model.mixture_weights = [0.0, 1.0]
+    with pytest.raises(ValueError, match="judged by the first component"):
+        model(ids)
+
+
 @pytest.mark.parametrize("plausibility", [-0.1, 1.0, "much", float("nan")])
 def test_a_plausibility_that_makes_no_sense_is_refused(plausibility):
     with pytest.raises(ValueError, match="plausibility"):
