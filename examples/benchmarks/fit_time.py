@@ -101,6 +101,7 @@ def make_trainer(
             max_completion_length=args.max_completion_length,
             num_train_epochs=1,
             max_steps=-1,
+            logging_strategy="no",
             disable_tqdm=True,
             report_to="none",
         ),
@@ -150,6 +151,7 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     clock = time.process_time if args.cpu_time else time.perf_counter
     spec = base_spec()
     base = AutoModelForCausalLM.from_pretrained(spec.pop("name_or_path"), **spec, dtype="float32").eval()
