@@ -448,7 +448,8 @@ def test_several_processes_find_what_one_finds_on_the_same_completions(folders, 
     assert done.returncode == 0, done.stderr[-3000:]
     lines = sorted(line.split() for line in done.stdout.splitlines() if line.startswith("weights"))
     found = [[float(weight) for weight in line[2:]] for line in lines]
-    assert len(found) == processes and all(weights == found[0] for weights in found)
+    assert len(found) == processes, done.stdout[-3000:] + done.stderr[-3000:]
+    assert all(weights == found[0] for weights in found)
     alone = refit(folders, tmp_path / "run" / "_rollouts", tmp_path, proposal="mixture")
     alone.train()
     shards = alone.rollouts.store.read(("id",))["id"]
