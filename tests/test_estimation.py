@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import minimize
 from toy import LENGTH, VOCAB_SIZE, Enumeration, enumerate_completions, toy_policy
 
-from mpo_hf import MirrorDescent
+from mpo_hf import MirrorDescent, estimation
 from mpo_hf.achieved import MixtureTable
 from mpo_hf.estimation import (
     DualTable,
@@ -20,7 +20,7 @@ from mpo_hf.estimation import (
 )
 from mpo_hf.objectives import dual_objective
 from mpo_hf.rewards import normalize_rewards
-from mpo_hf.welfare import project_to_simplex
+from mpo_hf.welfare import CVaR, MaxMin, project_to_simplex
 
 
 PROMPTS = [f"{a} {b}" for a, b in itertools.product("abcdef", repeat=2)]
@@ -237,6 +237,21 @@ def test_numbers_that_are_none_are_refused(change, match):
     good = {"prompt": torch.tensor([0, 1]), "offsets": torch.zeros(2), "advantages": torch.zeros(2, 1)}
     with pytest.raises(ValueError, match=match):
         DualTable(**{**good, **change})
+
+
+@pytest.mark.parametrize("welfare", [MaxMin(), CVaR(0.5, UNIFORM)], ids=["max-min", "cvar"])
+def test_replicates_of_large_tables_are_those_of_small_ones(welfare, monkeypatch):
+    enumeration, rewards = population(0, 0.2)
+    generator = torch.Generator().manual_seed(0)
+    sample = Sample(enumeration, rewards, torch.arange(36), [enumeration.reference], 64, generator)
+    table = sample.table(0.2)
+    (weights,), _ = minimize_dual(table, welfare=welfare)
+    exact = certify(table, weights, welfare=welfare)
+    monkeypatch.setattr(estimation, "_CHUNK", 1000)
+    fast = certify(table, weights, welfare=welfare)
+    assert fast.duality_gap_bound == pytest.approx(exact.duality_gap_bound, rel=0.02)
+    torch.testing.assert_close(fast.standard_errors, exact.standard_errors, rtol=0.02, atol=0)
+    torch.testing.assert_close(fast.active, exact.active, rtol=0, atol=0.02)
 
 
 def test_one_prompt_certifies_nothing():

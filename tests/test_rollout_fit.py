@@ -184,6 +184,24 @@ def test_the_loss_is_computed_once_for_an_estimate_and_weights(trainer, monkeypa
         run.rollouts.loss(weights.detach() + torch.tensor([0.1, -0.1]))
 
 
+def test_without_scores_of_the_policies_the_weights_are_the_same(trainer, folders, tmp_path, monkeypatch):  # noqa: F811
+    whole = trainer("whole", seed=3)
+    whole.train()
+    run = trainer("fast", seed=3, score_policies=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(run), "policy_scorer", property(never))
+        run.train()
+    assert torch.equal(run.weights, whole.weights)
+    assert run.certificate.duality_gap_bound == whole.certificate.duality_gap_bound
+    assert run.certificate.mixture_rewards is None and run.certificate.shortfall is None
+    assert whole.certificate.mixture_rewards is not None
+    assert set(run.rollouts.store.read(("policy_logps",))["policy_logps"]) == {None}
+    # what another objective needs is computed when it does
+    later = refit(folders, tmp_path / "fast" / "_rollouts", tmp_path, objective="achieved", proposal="reference")
+    later.train()
+    assert later.certificate.of_mixture and later.certificate.mixture_rewards is not None
+
+
 # ---- fitting what is kept ----
 
 

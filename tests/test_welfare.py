@@ -1,5 +1,6 @@
 """Welfare functions: the dual that a fit minimises against the primal problem, solved policy by policy by another solver."""
 
+import functools
 import math
 
 import numpy as np
@@ -209,13 +210,17 @@ def test_several_minima_at_a_time_are_those_of_one_at_a_time(welfare):
         assert minima[row].item() == pytest.approx(minimum.item(), abs=1e-7)
 
 
+def distance(to: torch.Tensor, point: np.ndarray) -> float:
+    return ((point - to.numpy()) ** 2).sum()
+
+
 def test_projection_below_caps_is_the_nearest_point():
     generator = torch.Generator().manual_seed(0)
     caps = torch.tensor([0.2, 0.5, 0.4, 0.6], dtype=torch.float64)
     points = torch.randn(30, 4, generator=generator, dtype=torch.float64)
     for point, projected in zip(points, project_to_simplex(points, caps)):
         nearest = minimize(
-            lambda p, point=point.numpy(): ((p - point) ** 2).sum(),
+            functools.partial(distance, point),
             caps.numpy() / caps.sum().item(),
             bounds=[(0, cap) for cap in caps.tolist()],
             constraints={"type": "eq", "fun": lambda p: p.sum() - 1},

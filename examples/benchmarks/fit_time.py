@@ -41,7 +41,14 @@ from rewards import REWARD_FUNCS  # noqa: E402
 from smollm2 import base_spec, load_tokenizer  # noqa: E402
 
 
-KINDS = [(estimator, proposal) for proposal in ("reference", "mixture") for estimator in ("bsmd", "mis")]
+# by proposal, estimator, and whether completions are scored under policies that the estimate does not need
+KINDS = [
+    ("reference", "bsmd", True),
+    ("reference", "mis", False),
+    ("reference", "mis", True),
+    ("mixture", "bsmd", True),
+    ("mixture", "mis", True),
+]
 PARTS = ["generation", "policies' scoring", "reference's scoring", "rewards", "weights", "writing"]
 
 Clock = Callable[[], float]
@@ -82,7 +89,7 @@ def generate(
 
 
 def make_trainer(
-    model: MixturePolicyModel, tokenizer: PreTrainedTokenizerBase, kind: tuple[str, str], folder: str, args
+    model: MixturePolicyModel, tokenizer: PreTrainedTokenizerBase, kind: tuple[str, str, bool], folder: str, args
 ) -> MPOTrainer:
     model.mixture_weights = [1 / len(OBJECTIVES)] * len(OBJECTIVES)
     return MPOTrainer(
@@ -90,8 +97,10 @@ def make_trainer(
         reward_funcs=[REWARD_FUNCS[name] for name in OBJECTIVES],
         args=MPOConfig(
             output_dir=folder,
-            estimator=kind[0],
-            proposal=kind[1],
+            proposal=kind[0],
+            estimator=kind[1],
+            score_policies=kind[2],
+            tolerance=0,
             beta=0.2,
             normalize_rewards=False,
             num_generations=args.num_generations,
@@ -158,7 +167,7 @@ def main() -> None:
     tokenizer, model = load_tokenizer(), open_policies()
     prompts = load_prompts("train").shuffle(seed=0)["prompt"][: args.prompts]
     bare: list[float] = []
-    fits: dict[tuple[str, str], list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    fits: dict[tuple[str, str, bool], list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for repetition in range(args.repetitions + 1):  # the first one is not counted
         set_seed(repetition)
         start = clock()
@@ -175,17 +184,18 @@ def main() -> None:
     print_table(args, bare[1:], {kind: ratios[1:] for kind, ratios in fits.items()})
 
 
-def print_table(args: argparse.Namespace, bare: list[float], fits: dict[tuple[str, str], list[dict]]) -> None:
+def print_table(args: argparse.Namespace, bare: list[float], fits: dict[tuple[str, str, bool], list[dict]]) -> None:
     print(
         f"{args.prompts} prompts x {args.num_generations} completions of up to {args.max_completion_length} tokens, "
         f"{args.batch_size} at a time; {describe_machine()}. Bare generation takes {statistics.median(bare):.1f} s; all else in "
         "multiples of it:\n"
     )
     rows = []
-    for (estimator, proposal), ratios in fits.items():
+    for (proposal, estimator, scores_policies), ratios in fits.items():
         parts = [statistics.median(ratio[part] for ratio in ratios) for part in PARTS]
         rest = statistics.median(ratio["all"] - sum(ratio[part] for part in PARTS) for ratio in ratios)
         fit = show(quartiles([ratio["all"] for ratio in ratios]))
+        estimator += "" if scores_policies else ", score_policies=False"
         rows.append([proposal, estimator, fit, *(f"{part:.2f}" for part in [*parts, rest])])
     print(table(["proposal", "estimator", "fit", *PARTS, "rest"], rows))
 

@@ -100,6 +100,10 @@ class MPOConfig(TrainingArguments):
             Longest completion, in tokens.
         logps_batch_size (`int`, *optional*, defaults to 8):
             Completions a forward pass when log-probabilities are computed.
+        score_policies (`bool`, *optional*, defaults to `True`):
+            With `estimator="mis"`, whether completions of the reference are scored under every policy although the estimate
+            does not need it. Without, there are no `mixture_rewards` and no `shortfall` in the certificate, and a later fit by
+            another objective has to score them; a fit then takes about as long as generating its completions.
         chat_template_kwargs (`dict`, *optional*):
             Further arguments for the chat template of conversational prompts.
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
@@ -189,6 +193,12 @@ class MPOConfig(TrainingArguments):
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
     max_completion_length: int = field(default=256, metadata={"help": "Longest completion, in tokens."})
     logps_batch_size: int = field(default=8, metadata={"help": "Completions a forward pass when scoring."})
+    score_policies: bool = field(
+        default=True,
+        metadata={
+            "help": "With 'mis': score completions under every policy also where the estimate does not need it."
+        },
+    )
     chat_template_kwargs: dict[str, Any] | None = field(
         default=None, metadata={"help": "Further arguments for the chat template."}
     )

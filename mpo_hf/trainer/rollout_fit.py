@@ -130,15 +130,20 @@ class RolloutFit:
         return step, self._micro_batch * accelerator.num_processes + accelerator.process_index
 
     def _score(self, completions: Completions, mixtures: Sequence[Proposal]) -> tuple[dict[str, list], torch.Tensor]:
-        """Log-probabilities under the policies and the reference, where sampling has not told them, and under mixtures."""
+        """
+        Log-probabilities under the policies and the reference, where sampling has not told them and somebody wants them, and
+        under mixtures.
+        """
         trainer = self.trainer
+        scores = {name: [None] * len(completions) for name in ("policy_logps", "reference_logps")}
         pooled = torch.empty(len(completions), 0)
         if mixtures:
             policy_logps, pooled = self._mixture_logps(completions, mixtures)
             if completions.policy_logps is None:
                 completions.policy_logps = policy_logps
-        policy_logps, objectives = trainer.policy_logps(completions), trainer.goal.num_objectives
-        scores = {"policy_logps": policy_logps[:, :objectives].tolist(), "reference_logps": [None] * len(completions)}
+        if trainer.args.score_policies or trainer.args.objective != "reward" or completions.policy_logps is not None:
+            policy_logps = trainer.policy_logps(completions)
+            scores["policy_logps"] = policy_logps[:, : trainer.goal.num_objectives].tolist()
         if trainer.reference_policy is not None:
             scores["reference_logps"] = trainer.reference_logps(completions).tolist()
         return scores, pooled
