@@ -12,7 +12,10 @@ import numpy as np
 import pyarrow.parquet
 import torch
 from datasets import Dataset
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 INFO = "rollouts.json"
 # rows that are read together, at the least
@@ -81,6 +84,25 @@ class RolloutStore:
                 f"The folder {str(self.folder)!r} holds completions of another run: {key!r} was {found.get(key)!r} there "
                 f"and is {self.info.get(key)!r} here. Choose another `output_dir`, or remove that folder."
             )
+
+    def warn_of_other_policies(self, info: dict[str, Any]) -> None:
+        """
+        Warns where completions were scored under policies that are found elsewhere than those of a fit, which may or may not
+        be the same ones.
+
+        Args:
+            info (`dict`): what the completions of the fit belong to.
+        """
+        for name, now in [*zip(info["objectives"], info["policies"]), (None, info["reference"])]:
+            before = self.info.get("reference")
+            if name is not None:
+                before = dict(zip(self.info["objectives"], self.info.get("policies", []))).get(name)
+            if before is not None and now is not None and _place(before) != _place(now):
+                logger.warning(
+                    f"The completions in {str(self.folder)!r} were scored under {_place(before)}, and the "
+                    f"{f'policy of {name!r}' if name else 'reference'} is {_place(now)} now. If that is another model, give them as "
+                    "a dataset without the columns `policy_logps` and `reference_logps`, to have them scored anew."
+                )
 
     def shards(self, kind: str = "rollouts", last_step: int | None = None) -> list[Path]:
         """The shards of a kind, of all steps or up to a last one, in the order of steps and processes."""
@@ -195,6 +217,12 @@ def write_whole(path: Path, write: Any) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _place(component: dict[str, Any]) -> dict[str, Any]:
+    """Where a component was found."""
+    fields = ("name_or_path", "revision", "subfolder", "gguf_file", "adapter", "adapter_revision", "adapter_subfolder")
+    return {name: component[name] for name in fields if component.get(name) is not None}
 
 
 class StoredCompletions(torch.utils.data.Dataset):

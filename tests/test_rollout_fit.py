@@ -226,6 +226,25 @@ def test_a_second_fit_costs_no_generation(trainer, folders, tmp_path, monkeypatc
     assert alone.certificate.rewards.tolist() == pytest.approx([alone.rollouts.rewards.mean().item()], abs=0.5)
 
 
+def test_completions_scored_under_other_policies_are_warned_about(trainer, folders, tmp_path, caplog):  # noqa: F811
+    trainer(max_steps=1).train()
+    store = tmp_path / "run" / "_rollouts"
+    refit(folders, store, tmp_path)
+    assert "were scored under" not in caplog.text
+    others = MixturePolicyModel.from_policies(
+        [folders / "a", folders / "ref"], reference=folders / "b", labels=["a", "b"]
+    )
+    MPOTrainer(
+        model=others,
+        args=make_args(tmp_path / "others", estimator="mis"),
+        processing_class=toy_tokenizer(),
+        rollouts=store,
+    )
+    messages = [r.getMessage() for r in caplog.records if "were scored under" in r.getMessage()]
+    assert len(messages) == 2 and "policy of 'b'" in messages[0] and "the reference is" in messages[1]
+    assert str(folders / "ref") in messages[0] and "to have them scored anew" in messages[0]
+
+
 def test_a_table_from_elsewhere_is_completed(trainer, folders, tmp_path):  # noqa: F811
     """All completions of the reference policy, with nothing but their texts: their log-probabilities are computed."""
     run = trainer(proposal="reference", max_steps=8, per_device_train_batch_size=16)

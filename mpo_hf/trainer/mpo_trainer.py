@@ -23,6 +23,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..component_loading import Policy
+from ..configuration_mixture import MixturePolicyConfig
 from ..estimation import Certificate
 from ..hub import check_pushable
 from ..modeling_mixture import MixturePolicyModel
@@ -189,9 +190,9 @@ class MPOTrainer(MixtureSaving, Trainer):
         start = model.config.mixture_weights
         model = self.goal.extend(model, reference)
         self.policies = [model.policy(k) for k in range(len(model.config.labels))]
-        self._fits_given = rollouts is not None
+        self._fits_given, self._given_store = rollouts is not None, None
         if self._fits_given:
-            train_dataset, given = given_rollouts(rollouts, self.objective_names)
+            train_dataset, self._given_store = given_rollouts(rollouts, self.objective_names)
         # λ lives outside the model: nothing in the model is trained, and float64 makes resuming exact
         self.weights = nn.Parameter(torch.tensor(start, dtype=torch.float64))
         model.mixture_weights = self.goal.mixture_weights(self.weights.detach())
@@ -227,25 +228,30 @@ class MPOTrainer(MixtureSaving, Trainer):
         self._config_is_shared = False
         self.rollouts = None
         if args.estimator == "mis":
-            self.rollouts = RolloutFit(self, self._rollout_store(), given if self._fits_given else None)
+            self.rollouts = RolloutFit(self, self._rollout_store(), self._given_store)
         self.add_callback(_FitState)
         self.add_callback(_MirrorDescentCallback(self))
 
     def _rollout_store(self) -> RolloutStore:
         config = self.model.config
+        if self._given_store is not None:
+            self._given_store.warn_of_other_policies(self._rollout_info(config))
         if config.plausibility:
             raise ValueError(
                 'A plausibility constraint depends on more than completions tell. Use `estimator="bsmd"` with it.'
             )
-        info = {
+        # Trainer pushes nothing that begins with an underscore: prompts and completions are not for everyone
+        return RolloutStore(os.path.join(self.args.output_dir, "_rollouts"), self._rollout_info(config))
+
+    def _rollout_info(self, config: MixturePolicyConfig) -> dict[str, Any]:
+        """What completions belong to."""
+        return {
             "objectives": self.objective_names,
             "policies": [component.to_dict() for component in config.components],
             "reference": config.reference.to_dict() if config.reference is not None else None,
             "temperature": self.args.temperature,
             "max_completion_length": self.args.max_completion_length,
         }
-        # Trainer pushes nothing that begins with an underscore: prompts and completions are not for everyone
-        return RolloutStore(os.path.join(self.args.output_dir, "_rollouts"), info)
 
     @property
     def certificate(self) -> Certificate | None:
