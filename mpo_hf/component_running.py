@@ -11,7 +11,8 @@ from .compat import activate_adapter, recomputes_layers
 from .component_loading import PolicyHandle, forward_parameters
 from .mixture_cache import bind_cache, component_views
 from .stacked_cache import StackedCacheView, can_stack, join_static_layers
-from .stacked_lora import AdapterStacks, can_run_stacked, repeat_rows
+from .stacked_lora import AdapterStacks
+from .stacked_rows import can_run_stacked, repeat_rows
 
 
 class ComponentRunningMixin:

@@ -13,16 +13,13 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .stacked_rows import CannotStack, StackedModules, check_rows, with_children
+
 
 logger = logging.get_logger(__name__)
 
 # Stacks of different adapters that are kept at a time. Each holds a copy of their factors.
 KEPT_STACKS = 4
-# Tokens in one pass, all blocks counted, up to which reading the weights once saves much of its time. Beyond it saves a
-# tenth at best, and is not worth the memory of everybody's logits at once.
-MOST_TOKENS = 1024
-# Inputs with a row for each row of the batch.
-ROW_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
 class StackedLoraLinear(nn.Module):
@@ -77,22 +74,6 @@ class StackedLoraEmbedding(nn.Module):
         block = torch.arange(count, device=input_ids.device)[:, None]
         _add_product(output, self.factors_a[block, input_ids.reshape(count, -1)], self.factors_b)
         return output
-
-
-class StackedModules(nn.Module):
-    """
-    Modules that adapters have in place of one of the base (`modules_to_save`), each for its own block of rows.
-
-    Args:
-        blocks (`Sequence[nn.Module]`): the modules, one a block. They may be the same.
-    """
-
-    def __init__(self, blocks: Sequence[nn.Module]):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.cat([block(part) for block, part in zip(self.blocks, rows.chunk(len(self.blocks)))])
 
 
 def _add_product(output: torch.Tensor, inner: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
@@ -156,47 +137,6 @@ class AdapterStacks:
         return stack
 
 
-def can_run_stacked(model: nn.Module, inputs: dict[str, Any], count: int) -> bool:
-    """
-    Whether rows of several adapters would come out of one call as they do of one call each, and sooner.
-
-    Not where something is trained, intermediate results are asked for, or an input is not known to be by row.
-
-    Args:
-        model (`PeftModel`): the model of the adapters.
-        inputs (`dict`): arguments of its `forward`, for one adapter.
-        count (`int`): the number of adapters.
-    """
-    if count * inputs["input_ids"].numel() > MOST_TOKENS:
-        return False
-    if model.training or inputs.get("output_attentions") or inputs.get("output_hidden_states"):
-        return False
-    if torch.is_autocast_enabled(inputs["input_ids"].device.type):
-        return False
-    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
-        return False
-    rows = (len(inputs["input_ids"]), 1)
-    for name, value in inputs.items():
-        if name in ROW_INPUTS:
-            dims = (2, 4) if name == "attention_mask" else (2,)
-            if value is not None and not (
-                isinstance(value, torch.Tensor) and value.ndim in dims and len(value) in rows
-            ):
-                return False
-        elif name != "logits_to_keep" and not (value is None or isinstance(value, bool | int | float | str)):
-            return False
-    return True
-
-
-def repeat_rows(inputs: dict[str, Any], count: int) -> dict[str, Any]:
-    """Inputs for `count` blocks of the rows of `inputs`. What is the same for all rows stays as it is."""
-    rows = len(inputs["input_ids"])
-    return {
-        name: torch.cat([value] * count) if name in ROW_INPUTS and value is not None and len(value) == rows else value
-        for name, value in inputs.items()
-    }
-
-
 def why_not_stacked(model: nn.Module, adapter: str | None) -> str | None:
     """
     What keeps an adapter from running beside others in one pass, `None` for nothing.
@@ -242,17 +182,13 @@ def stack_adapters(model: nn.Module, adapters: Sequence[str | None]) -> nn.Modul
     try:
         for adapter in adapters:
             if reason := why_not_stacked(model, adapter):
-                raise _CannotStack(f"of the adapter {adapter}: {reason}")
+                raise CannotStack(f"of the adapter {adapter}: {reason}")
         stack = _copy(model.get_base_model(), adapters, stacked, {})
-        _check_rows(stack, stacked, len(adapters))
-    except _CannotStack as reason:
+        check_rows(stack, stacked, len(adapters))
+    except CannotStack as reason:
         logger.info(f"The adapters {list(adapters)} run one after another, because {reason}.")
         return None
     return stack
-
-
-class _CannotStack(Exception):
-    """Why adapters cannot run side by side."""
 
 
 def _copy(
@@ -273,7 +209,7 @@ def _copy(
         saved = getattr(module, "modules_to_save", {})
         if any(adapter in saved for adapter in adapters):
             if within:
-                raise _CannotStack(f"a {type(module.original_module).__name__} is saved by some and adapted by others")
+                raise CannotStack(f"a {type(module.original_module).__name__} is saved by some and adapted by others")
             twin = StackedModules([_own(saved[a], a) if a in saved else twin for a in adapters])
             stacked.append(twin)
         stacked += within
@@ -281,10 +217,7 @@ def _copy(
         children = {name: child and _copy(child, adapters, stacked, memo) for name, child in module._modules.items()}
         twin = module
         if any(child is not module._modules[name] for name, child in children.items()):
-            if "forward" in module.__dict__:
-                raise _CannotStack(f"the forward of a {type(module).__name__} is replaced, as by offloading")
-            twin = object.__new__(type(module))
-            twin.__dict__.update({**module.__dict__, "_modules": children})
+            twin = with_children(module, children)
     memo[id(module)] = twin
     return twin
 
@@ -294,7 +227,7 @@ def _own(saved: nn.Module, adapter: str) -> nn.Module:
     layers: list[nn.Module] = []
     twin = _copy(saved, [adapter], layers, {})
     if layers:
-        raise _CannotStack(f"a {type(saved).__name__} that the adapter {adapter} saves is also adapted by it")
+        raise CannotStack(f"a {type(saved).__name__} that the adapter {adapter} saves is also adapted by it")
     return twin
 
 
@@ -309,9 +242,9 @@ def _stacked_factors(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Factors of one layer for its stacked form, zeros for the blocks without an adapter here."""
     if layer.merged_adapters:
-        raise _CannotStack(f"the adapters {layer.merged_adapters} are merged into the base")
+        raise CannotStack(f"the adapters {layer.merged_adapters} are merged into the base")
     if any("forward" in part.__dict__ for part in (layer, *layer.lora_A.values(), *layer.lora_B.values())):
-        raise _CannotStack("the forward of an adapter's layer is replaced, as by offloading")
+        raise CannotStack("the forward of an adapter's layer is replaced, as by offloading")
     pairs = {adapter: _factors(layer, adapter) for adapter in adapters if adapter in layer.r}
     first = next(iter(pairs.values()))[0]
     like = {"device": first.device, "dtype": first.dtype}
@@ -339,26 +272,6 @@ def _factors(layer: nn.Module, adapter: str) -> list[torch.Tensor]:
     if adapter in layer.lora_A:
         return [*layer.lora_A[adapter].parameters(), *layer.lora_B[adapter].parameters()]
     return [layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]]
-
-
-@torch.no_grad()
-def _check_rows(stack: nn.Module, stacked: Sequence[nn.Module], count: int) -> None:
-    """Runs the stack once, to see that blocks of rows reach every adapter as blocks: routed experts would mix them."""
-    shape = (count, count + 1)
-    seen = {}
-
-    def look(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if len(args) != 1 or kwargs:
-            raise _CannotStack(f"a {type(layer).__name__} would get {len(args)} inputs and {list(kwargs)}")
-        seen[layer] = tuple(args[0].shape[:-1] if args[0].is_floating_point() else args[0].shape)
-
-    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in stacked]
-    stack(input_ids=torch.zeros(shape, dtype=torch.long, device=stack.device), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    for layer in stacked:
-        if seen.get(layer) != shape:
-            raise _CannotStack(f"of {shape} tokens, an adapter's layer saw {seen.get(layer)}")
 
 
 def _state(model: nn.Module, adapters: Sequence[str | None]) -> list[Any]:

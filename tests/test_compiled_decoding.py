@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
 from transformers import CompileConfig
 
-from mpo_hf import MixturePolicyModel, stacked_lora
+from mpo_hf import MixturePolicyModel, stacked_rows
 
 
 INPUTS = left_pad([[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30], [BOS, 6, 6, 19, 27]])
@@ -100,7 +100,7 @@ def test_weights_of_a_call_break_no_graph(pair, weights):
 
 
 def test_adapters_run_side_by_side_behind_a_prompt_that_was_too_long_for_it(pair, monkeypatch):
-    monkeypatch.setattr(stacked_lora, "MOST_TOKENS", 2 * ROWS)
+    monkeypatch.setattr(stacked_rows, "MOST_TOKENS", 2 * ROWS)
     recorder = Recorder()
     for _ in range(2):
         assert recorder.generate(pair) == written_alone(pair)
@@ -109,7 +109,7 @@ def test_adapters_run_side_by_side_behind_a_prompt_that_was_too_long_for_it(pair
 
 @pytest.mark.parametrize("way", [{}, {"cache_implementation": "static"}], ids=["growing", "static"])
 def test_adapters_that_have_changed_are_noticed_behind_a_long_prompt(pair, monkeypatch, way):
-    monkeypatch.setattr(stacked_lora, "MOST_TOKENS", 2 * ROWS)
+    monkeypatch.setattr(stacked_rows, "MOST_TOKENS", 2 * ROWS)
     before = pair.generate(**INPUTS, **SETTINGS, **way).tolist()
     with torch.no_grad():
         for name, parameter in pair.named_parameters():

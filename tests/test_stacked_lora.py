@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from mpo_hf import MixturePolicyModel
-from mpo_hf.stacked_lora import KEPT_STACKS, MOST_TOKENS, AdapterStacks, StackedLoraLinear, stack_adapters
+from mpo_hf.stacked_lora import KEPT_STACKS, AdapterStacks, StackedLoraLinear, stack_adapters
+from mpo_hf.stacked_rows import MOST_TOKENS
 
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -234,7 +235,7 @@ def test_adapters_on_routed_experts_run_one_after_another(caplog):
     model.eval()
     with caplog.at_level(logging.INFO, logger="mpo_hf.stacked_lora"):
         assert stack_adapters(model, ["first", "second"]) is None
-    assert "an adapter's layer saw" in caplog.text
+    assert "a layer of theirs saw" in caplog.text
 
 
 def test_models_that_are_offloaded_run_one_after_another(tmp_path, caplog):

@@ -30,7 +30,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from mpo_hf import MixturePolicyModel
 from mpo_hf.pooling import log_linear_pool
-from mpo_hf.stacked_lora import StackedModules
+from mpo_hf.stacked_rows import StackedModules
 
 
 Step = Callable[[], torch.Tensor]
