@@ -20,7 +20,7 @@ from .estimation import (
     DualTable,
     bootstrap_counts,
     certify,
-    minimize_dual,
+    effective_fractions,
     segment_logsumexp,
     sums_by_prompt,
 )
@@ -74,10 +74,8 @@ class MixtureTable:
 
     def effective_sample_size(self, weights: torch.Tensor) -> torch.Tensor:
         """Effective sample size for a mixture: the mean over the prompts, as a fraction of a prompt's completions."""
-        counts = torch.bincount(self.prompt)
         shares, _ = self.shares(weights)
-        squares = sums_by_prompt(self.prompt, shares.unsqueeze(-1) ** 2, len(counts)).squeeze(-1)
-        return (1 / (squares * counts)).mean()
+        return effective_fractions(self.prompt, shares).mean()
 
 
 def achieved_welfare(
@@ -189,9 +187,8 @@ def certify_achieved(
         confidence (`float`, *optional*, defaults to 0.95): level of the bound.
         seed (`int`, *optional*, defaults to 0): seed of the replicates.
     """
-    (best,), _ = minimize_dual(table, welfare=welfare)
     options = {"num_resamples": num_resamples, "confidence": confidence, "seed": seed, "welfare": welfare}
-    certificate = certify(table, best, rewards, **options, mixture=mixture, mixture_weights=weights)
+    certificate = certify(table, rewards=rewards, **options, mixture=mixture, mixture_weights=weights)
     replicates = torch.stack(
         [
             maximize_achieved(mixture, welfare, [weights], counts, _SMOOTHING[-1:])[0]

@@ -73,18 +73,30 @@ class DualTable:
         values = segment_logsumexp(exponents, self.prompt, self.num_prompts)
         return values, (exponents - values[self.prompt]).exp_()
 
-    def expected_advantages(self, weights: torch.Tensor) -> torch.Tensor:
-        """The expectation of every advantage under the policy that `weights` of shape `(K,)` stand for, `(P, K)`."""
-        _, shares = self.by_prompt(weights.unsqueeze(0))
-        sums = self.advantages.new_zeros(self.num_prompts, self.num_objectives)
-        return sums.index_add_(0, self.prompt, shares * self.advantages)
-
     def effective_sample_sizes(self, weights: torch.Tensor) -> torch.Tensor:
         """Effective sample size of every prompt, as a fraction of its completions, shape `(P,)`."""
         _, shares = self.by_prompt(weights.unsqueeze(0))
-        squares = shares.new_zeros(self.num_prompts).index_add_(0, self.prompt, shares[:, 0] ** 2)
-        counts = torch.bincount(self.prompt, minlength=self.num_prompts)
-        return 1 / (squares * counts)
+        return effective_fractions(self.prompt, shares[:, 0])
+
+
+def sums_by_prompt(prompt: torch.Tensor, values: torch.Tensor, num_prompts: int) -> torch.Tensor:
+    """Sums of values of shape `(N, B)` over the rows of each prompt, shape `(num_prompts, B)`."""
+    return values.new_zeros(num_prompts, values.shape[-1]).index_add_(0, prompt, values)
+
+
+def effective_fractions(prompt: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """
+    Effective sample size of every prompt, as a fraction of its completions, shape `(P,)`, where these have shares of shape
+    `(N,)`, with sum 1 over each prompt.
+    """
+    counts = torch.bincount(prompt)
+    return 1 / (sums_by_prompt(prompt, shares.unsqueeze(-1) ** 2, len(counts)).squeeze(-1) * counts)
+
+
+def log_shares(prompt: torch.Tensor, log_ratios: torch.Tensor) -> torch.Tensor:
+    """Log importance weights of shape `(N,)`, from those up to a constant by prompt, with sum 1 over each prompt."""
+    sums = segment_logsumexp(log_ratios.unsqueeze(-1), prompt, int(prompt.max()) + 1)
+    return log_ratios - sums.squeeze(-1)[prompt]
 
 
 def segment_logsumexp(values: torch.Tensor, segment: torch.Tensor, num_segments: int) -> torch.Tensor:
@@ -102,8 +114,7 @@ def segment_logsumexp(values: torch.Tensor, segment: torch.Tensor, num_segments:
     index = segment.unsqueeze(-1).expand_as(values)
     largest = values.new_full((num_segments, values.shape[-1]), -torch.inf).scatter_reduce(0, index, values, "amax")
     largest = largest.clamp(min=torch.finfo(values.dtype).min)
-    sums = torch.zeros_like(largest).index_add_(0, segment, (values - largest[segment]).exp_())
-    return sums.log() + largest
+    return sums_by_prompt(segment, (values - largest[segment]).exp_(), num_segments).log() + largest
 
 
 def balance_heuristic(prompt: torch.Tensor, proposal: torch.Tensor, proposal_logps: torch.Tensor) -> torch.Tensor:
@@ -145,12 +156,11 @@ def reward_table(
         normalize (`bool`, *optional*, defaults to `True`):
             Whether to apply the paper's P: an advantage then counts relative to what a policy of its own could reach.
     """
-    num_prompts = int(prompt.max()) + 1
-    ratios = (reference_logps - proposal_logps).unsqueeze(-1)
-    offsets = ratios - segment_logsumexp(ratios, prompt, num_prompts)[prompt]
+    offsets = log_shares(prompt, reference_logps - proposal_logps)
     if normalize:
-        advantages = advantages - segment_logsumexp(offsets + advantages, prompt, num_prompts)[prompt]
-    return DualTable(prompt, offsets.squeeze(-1), advantages)
+        num_prompts = int(prompt.max()) + 1
+        advantages = advantages - segment_logsumexp(offsets.unsqueeze(-1) + advantages, prompt, num_prompts)[prompt]
+    return DualTable(prompt, offsets, advantages)
 
 
 def implicit_table(prompt: torch.Tensor, policy_logps: torch.Tensor, proposal_logps: torch.Tensor) -> DualTable:
@@ -268,7 +278,7 @@ def _derivatives(
     gradient = weighted.T @ advantages
     second = torch.einsum("nb,nk,nl->bkl", weighted, advantages, advantages)
     for k in range(num_objectives):  # one objective at a time: (N, B, K) numbers would not fit
-        mean_k = shares.new_zeros(values.shape).index_add_(0, prompt, shares * advantages[:, k : k + 1])
+        mean_k = sums_by_prompt(prompt, shares * advantages[:, k : k + 1], len(values))
         second[:, k] -= (weighted * mean_k[prompt]).T @ advantages
     return (prompt_weights.T * values).sum(0), gradient, (second + second.transpose(1, 2)) / 2
 
@@ -327,7 +337,7 @@ class Certificate:
 
 def certify(
     table: DualTable,
-    weights: torch.Tensor,
+    weights: torch.Tensor | None = None,
     rewards: torch.Tensor | None = None,
     num_resamples: int = 200,
     confidence: float = 0.95,
@@ -347,7 +357,8 @@ def certify(
 
     Args:
         table ([`DualTable`]): the table.
-        weights (`torch.Tensor` of shape `(K,)`): the mixture weights λ in question.
+        weights (`torch.Tensor` of shape `(K,)`, *optional*):
+            The mixture weights λ in question. Defaults to the minimiser of F̂.
         rewards (`torch.Tensor` of shape `(N, K)`, *optional*): rewards of the completions, on their own scale.
         num_resamples (`int`, *optional*, defaults to 200): replicates.
         confidence (`float`, *optional*, defaults to 0.95): level of the bound.
@@ -369,39 +380,72 @@ def certify(
         raise ValueError("A certificate needs completions of at least 2 prompts, got 1.")
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` must be between 0 and 1, got {confidence}.")
-    weights = weights.to(table.offsets)
-    counts = bootstrap_counts(num_prompts, num_resamples, seed)
+    welfare = welfare if welfare is not None else MaxMin()
+    found = _bootstrap(table, num_resamples, seed, welfare)
+    weights = found.best if weights is None else weights.to(table.offsets)
     by_prompt, shares = table.by_prompt(weights.unsqueeze(0))
-    (best,), (minimum,) = minimize_dual(table, welfare=welfare)
-    replicates, minima = _minima_of_replicates(table, counts, best, welfare or MaxMin())
-    gaps = counts @ by_prompt[:, 0] - minima
-    support = int((replicates > 1e-6).double().mean(0).gt(0.5).sum())
-    widened = _small_sample_factor(num_prompts, max(1, support - 1), confidence)
+    gaps = found.counts @ by_prompt[:, 0] - found.minima
+    active = (found.minimizers > 1e-6).double().mean(0)
+    widened = _small_sample_factor(num_prompts, max(1, int(active.gt(0.5).sum()) - 1), confidence)
     value = by_prompt.mean().item()
     certificate = Certificate(
         weights=weights,
-        standard_errors=replicates.std(0),
+        standard_errors=found.minimizers.std(0),
         dual_objective=value,
-        duality_gap=max(0.0, value - minimum.item()),
+        duality_gap=max(0.0, value - found.minimum.item()),
         duality_gap_bound=gaps.quantile(confidence).clamp(min=0).item() * widened,
         confidence=confidence,
-        active=(replicates > 1e-6).double().mean(0),
-        effective_sample_size=table.effective_sample_sizes(weights).mean().item(),
+        active=active,
+        effective_sample_size=effective_fractions(table.prompt, shares[:, 0]).mean().item(),
     )
     if rewards is not None:
-        certificate.rewards, certificate.reward_errors = _mean_rewards(table.prompt, shares, rewards, counts)
+        certificate.rewards, certificate.reward_errors = _mean_rewards(table.prompt, shares, rewards, found.counts)
     if mixture is not None:
-        weights = weights if mixture_weights is None else mixture_weights
-        shares, divergence = mixture.shares(weights)
-        if rewards is not None:
-            found = _mean_rewards(table.prompt, shares.unsqueeze(-1), rewards, counts)
-            certificate.mixture_rewards, certificate.mixture_reward_errors = found
-        gains = sums_by_prompt(table.prompt, shares.unsqueeze(-1) * mixture.gains, num_prompts)
-        draws = torch.cat([counts.new_full((1, num_prompts), 1 / num_prompts), counts])
-        achieved = (welfare or MaxMin()).value(draws @ gains) - draws @ divergence
-        shortfalls = torch.cat([minimum.reshape(1), minima]) - achieved
-        certificate.shortfall, certificate.shortfall_error = shortfalls[0].item(), shortfalls[1:].std().item()
+        mixture_weights = weights if mixture_weights is None else mixture_weights
+        _certify_mixture(certificate, mixture, mixture_weights, rewards, found, welfare)
     return certificate
+
+
+def _certify_mixture(
+    certificate: Certificate,
+    mixture: "MixtureTable",
+    weights: torch.Tensor,
+    rewards: torch.Tensor | None,
+    dual: "_Bootstrap",
+    welfare: Welfare,
+) -> None:
+    """Fills in what the mixture itself reaches, and how far below the minimum of the dual objective that is."""
+    shares, divergence = mixture.shares(weights)
+    shares = shares.unsqueeze(-1)
+    if rewards is not None:
+        found = _mean_rewards(mixture.prompt, shares, rewards, dual.counts)
+        certificate.mixture_rewards, certificate.mixture_reward_errors = found
+    num_prompts = len(divergence)
+    gains = sums_by_prompt(mixture.prompt, shares * mixture.gains, num_prompts)
+    draws = torch.cat([dual.counts.new_full((1, num_prompts), 1 / num_prompts), dual.counts])
+    achieved = welfare.value(draws @ gains) - draws @ divergence
+    shortfalls = torch.cat([dual.minimum.reshape(1), dual.minima]) - achieved
+    certificate.shortfall, certificate.shortfall_error = shortfalls[0].item(), shortfalls[1:].std().item()
+
+
+@dataclass
+class _Bootstrap:
+    """
+    The minimum of a table and its minimiser, and those of B replicates, whose prompts have the weights `counts` of shape
+    `(B, P)`.
+    """
+
+    best: torch.Tensor
+    minimum: torch.Tensor
+    counts: torch.Tensor
+    minimizers: torch.Tensor
+    minima: torch.Tensor
+
+
+def _bootstrap(table: DualTable, num_resamples: int, seed: int, welfare: Welfare) -> _Bootstrap:
+    counts = bootstrap_counts(table.num_prompts, num_resamples, seed)
+    (best,), (minimum,) = minimize_dual(table, welfare=welfare)
+    return _Bootstrap(best, minimum, counts, *_minima_of_replicates(table, counts, best, welfare))
 
 
 def _minima_of_replicates(
@@ -434,11 +478,6 @@ def bootstrap_counts(num_prompts: int, num_resamples: int, seed: int) -> torch.T
     drawn = torch.randint(num_prompts, (num_resamples, num_prompts), generator=generator)
     counts = torch.zeros(num_resamples, num_prompts, dtype=torch.float64)
     return counts.scatter_add_(1, drawn, torch.ones_like(counts)).div_(num_prompts)
-
-
-def sums_by_prompt(prompt: torch.Tensor, values: torch.Tensor, num_prompts: int) -> torch.Tensor:
-    """Sums of values of shape `(N, B)` over the rows of each prompt, shape `(num_prompts, B)`."""
-    return values.new_zeros(num_prompts, values.shape[-1]).index_add_(0, prompt, values)
 
 
 def _mean_rewards(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .estimation import segment_logsumexp
+from .estimation import log_shares, segment_logsumexp, sums_by_prompt
 
 
 # what each counts is said in `RewardScale`
@@ -63,8 +63,8 @@ class RewardScale:
             `torch.Tensor` of shape `(N, K)`: gains, in the unit of the rewards or of the scale.
         """
         num_prompts = int(prompt.max()) + 1
-        log_shares = _log_shares(prompt, log_ratios).unsqueeze(-1)
-        shares = log_shares.exp()
+        of_reference = log_shares(prompt, log_ratios).unsqueeze(-1)
+        shares = of_reference.exp()
         in_unit = rewards
         if self.scale == "z_score":
             mean, deviation = (
@@ -75,13 +75,12 @@ class RewardScale:
             in_unit = win_rates(rewards, prompt, shares.squeeze(-1))
 
         def mean_by_prompt(weights: torch.Tensor) -> torch.Tensor:
-            sums = rewards.new_zeros(num_prompts, rewards.shape[-1]).index_add_(0, prompt, weights * in_unit)
-            return sums[prompt]
+            return sums_by_prompt(prompt, weights * in_unit, num_prompts)[prompt]
 
         if self.from_reference or self.scale == "reference":
             gains = in_unit - mean_by_prompt(shares)
         elif self.scale in ("optimal", "regret"):
-            tilted = log_shares + rewards / self.beta
+            tilted = of_reference + rewards / self.beta
             values = segment_logsumexp(tilted, prompt, num_prompts)[prompt]
             gains = rewards - (
                 self.beta * values if self.scale == "optimal" else mean_by_prompt((tilted - values).exp())
@@ -149,12 +148,6 @@ def reference_moments(
             f"The rewards of objective {k} are all {rewards[0, k].item()}: they have no standard deviation to be divided "
             'by. Use another `normalize_rewards` than "z_score".'
         )
-    shares = (_log_shares(prompt, log_ratios).exp() / (int(prompt.max()) + 1)).unsqueeze(-1)
+    shares = (log_shares(prompt, log_ratios).exp() / (int(prompt.max()) + 1)).unsqueeze(-1)
     mean = (shares * rewards).sum(0)
     return mean, (shares * (rewards - mean) ** 2).sum(0).sqrt()
-
-
-def _log_shares(prompt: torch.Tensor, log_ratios: torch.Tensor) -> torch.Tensor:
-    """Log importance weights with sum 1 over each prompt, shape `(N,)`."""
-    sums = segment_logsumexp(log_ratios.unsqueeze(-1), prompt, int(prompt.max()) + 1)
-    return log_ratios - sums.squeeze(-1)[prompt]
