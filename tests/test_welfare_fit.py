@@ -21,7 +21,7 @@ def exact_table(goal: Goal) -> DualTable:
     prompt = torch.arange(num_prompts).repeat_interleave(num_completions)
     density = torch.zeros(len(prompt), dtype=torch.float64)
     flat = rewards.reshape(-1, num_objectives)
-    return goal.table(prompt, density, reference_logps=enumeration.reference.flatten(), rewards=flat)
+    return goal.estimate(prompt, density, reference_logps=enumeration.reference.flatten(), rewards=flat).table
 
 
 @pytest.mark.parametrize(

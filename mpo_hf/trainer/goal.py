@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ..achieved import MixtureTable
-from ..estimation import DualTable, implicit_table, reward_table
+from ..estimation import implicit_table, reward_table
 from ..modeling_mixture import MixturePolicyModel
 from ..reward_scales import RewardScale, reference_moments
 from ..welfare import AlphaFair, Constrained, CVaR, MaxMin, WeightedSum, Welfare
@@ -102,31 +102,8 @@ class Goal:
         rewards: torch.Tensor | None = None,
         sets_scale: bool = True,
     ) -> Estimate:
-        """
-        The estimate that the weights minimise; arguments as of [`~Goal.table`]. With `policy_logps` it knows what the mixture
-        itself reaches.
-        """
-        table = self.table(prompt, proposal_logps, policy_logps, reference_logps, rewards, sets_scale)
-        mixture = None
-        if policy_logps is not None and self.args.objective != "implicit":
-            if self.leaves_simplex and policy_logps.shape[-1] == self.num_objectives:
-                policy_logps = torch.cat([policy_logps, reference_logps.unsqueeze(-1)], dim=-1)
-            ratios = policy_logps - proposal_logps.unsqueeze(-1)
-            mixture = MixtureTable(prompt, table.advantages, ratios, reference_logps - proposal_logps)
-        kind = AchievedEstimate if self.args.objective == "achieved" else DualEstimate
-        return kind(table, mixture, self.welfare)
-
-    def table(
-        self,
-        prompt: torch.Tensor,
-        proposal_logps: torch.Tensor,
-        policy_logps: torch.Tensor | None = None,
-        reference_logps: torch.Tensor | None = None,
-        rewards: torch.Tensor | None = None,
-        sets_scale: bool = True,
-    ) -> DualTable:
         r"""
-        The table that the weights of the objectives minimise.
+        The estimate that the weights minimise. With `policy_logps` it knows what the mixture itself reaches.
 
         Args:
             prompt (`torch.LongTensor` of shape `(N,)`): which prompt every row belongs to.
@@ -135,12 +112,20 @@ class Goal:
             reference_logps (`torch.Tensor` of shape `(N,)`, *optional*): needed for rewards.
             rewards (`torch.Tensor` of shape `(N, K)`, *optional*): needed for rewards.
             sets_scale (`bool`, *optional*, defaults to `True`):
-                Whether z-scores are relative to this table, or to the last one that set the scale.
+                Whether z-scores are relative to these completions, or to the last ones that set the scale.
         """
         if self.args.objective == "implicit":
-            return implicit_table(prompt, policy_logps[:, : self.num_objectives], proposal_logps)
+            table = implicit_table(prompt, policy_logps[:, : self.num_objectives], proposal_logps)
+            return DualEstimate(table, None, self.welfare)
         log_ratios = reference_logps - proposal_logps
         if sets_scale and self.args.normalize_rewards == "z_score":
             self._scale.moments = reference_moments(rewards, prompt, log_ratios)
-        gains = self._scale(rewards, prompt, log_ratios)
-        return reward_table(prompt, gains / self.args.beta, reference_logps, proposal_logps, normalize=False)
+        gains = self._scale(rewards, prompt, log_ratios) / self.args.beta
+        table = reward_table(prompt, gains, reference_logps, proposal_logps, normalize=False)
+        mixture = None
+        if policy_logps is not None:
+            if self.leaves_simplex and policy_logps.shape[-1] == self.num_objectives:
+                policy_logps = torch.cat([policy_logps, reference_logps.unsqueeze(-1)], dim=-1)
+            mixture = MixtureTable(prompt, gains, policy_logps - proposal_logps.unsqueeze(-1), log_ratios)
+        kind = AchievedEstimate if self.args.objective == "achieved" else DualEstimate
+        return kind(table, mixture, self.welfare)

@@ -3,7 +3,6 @@
 import functools
 import math
 import os
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,41 +12,26 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
-from transformers.utils import logging
 
 from ..component_loading import Policy
-from ..configuration_mixture import MixturePolicyConfig
 from ..estimation import Certificate
 from ..hub import check_pushable
 from ..modeling_mixture import MixturePolicyModel
-from ..objectives import dual_objective, effective_sample_size, implicit_dual_objective, on_policy_objective
+from ..objectives import dual_objective, implicit_dual_objective, on_policy_objective
 from ..optim import MirrorDescent, TableFit
 from ..rewards import RewardModelSpec, make_reward_functions, normalize_rewards
-from ..rollout_store import COLUMNS, GivenRows, RolloutStore, given_rollouts
-from ..rollouts import (
-    Completions,
-    completion_texts,
-    eos_token_ids,
-    pad_completions,
-    sample_completions,
-    tokenize_prompts,
-)
-from ..scoring import CompletionScorer
+from ..rollout_store import GivenRows, RolloutStore, given_rollouts
+from ..rollouts import eos_token_ids
+from .fit_logging import FitLogging
 from .goal import Goal
 from .mpo_config import MPOConfig
 from .opening import check_prompts, objective_names, open_policies, open_tokenizer
 from .rollout_fit import RolloutFit
+from .sampling import CompletionSampling, columns_of
 from .saving import MixtureSaving
 
-
-logger = logging.get_logger(__name__)
 
 # A bootstrap over fewer prompts is not believed
 MIN_PROMPTS = 10
@@ -55,7 +39,7 @@ MIN_PROMPTS = 10
 RewardFunc = Callable | str | PreTrainedModel | RewardModelSpec
 
 
-class MPOTrainer(MixtureSaving, Trainer):
+class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
     r"""
     Fits the weights of a mixture of policies, so that the worst-off objective is as well off as it can be, or another
     welfare of the objectives: [Mixing Preference Optimization](https://huggingface.co/papers/2502.18699).
@@ -223,8 +207,6 @@ class MPOTrainer(MixtureSaving, Trainer):
             self._check_prompt_lengths(train_dataset)
         for reward in self.reward_functions:
             reward.to(self.accelerator.device)
-        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self._warned_collapse = False
         self._config_is_shared = False
         self.rollouts = None
         if args.estimator == "mis":
@@ -233,25 +215,22 @@ class MPOTrainer(MixtureSaving, Trainer):
         self.add_callback(_MirrorDescentCallback(self))
 
     def _rollout_store(self) -> RolloutStore:
-        config = self.model.config
+        config, reference = self.model.config, self.model.config.reference
+        info = {  # what completions belong to
+            "objectives": self.objective_names,
+            "policies": [component.to_dict() for component in config.components],
+            "reference": reference.to_dict() if reference is not None else None,
+            "temperature": self.args.temperature,
+            "max_completion_length": self.args.max_completion_length,
+        }
         if self._given_store is not None:
-            self._given_store.warn_of_other_policies(self._rollout_info(config))
+            self._given_store.warn_of_other_policies(info)
         if config.plausibility:
             raise ValueError(
                 'A plausibility constraint depends on more than completions tell. Use `estimator="bsmd"` with it.'
             )
         # Trainer pushes nothing that begins with an underscore: prompts and completions are not for everyone
-        return RolloutStore(os.path.join(self.args.output_dir, "_rollouts"), self._rollout_info(config))
-
-    def _rollout_info(self, config: MixturePolicyConfig) -> dict[str, Any]:
-        """What completions belong to."""
-        return {
-            "objectives": self.objective_names,
-            "policies": [component.to_dict() for component in config.components],
-            "reference": config.reference.to_dict() if config.reference is not None else None,
-            "temperature": self.args.temperature,
-            "max_completion_length": self.args.max_completion_length,
-        }
+        return RolloutStore(os.path.join(self.args.output_dir, "_rollouts"), info)
 
     @property
     def certificate(self) -> Certificate | None:
@@ -298,27 +277,7 @@ class MPOTrainer(MixtureSaving, Trainer):
         )
         return self.accelerator.prepare(loader)
 
-    def _check_prompt_lengths(self, dataset: Dataset | IterableDataset) -> None:
-        """Finds prompts that leave no room for a completion before anything is sampled."""
-        if not isinstance(dataset, IterableDataset):
-            for start in range(0, len(dataset), 1000):
-                self._tokenize(dataset[start : start + 1000]["prompt"])
-
-    def _tokenize(self, prompts: list) -> list[list[int]]:
-        prompt_ids = tokenize_prompts(prompts, self.processing_class, self.args.chat_template_kwargs)
-        context = self.model.config.max_position_embeddings
-        for prompt, ids in zip(prompts, prompt_ids):
-            if not ids:
-                raise ValueError(f"The prompt {prompt!r} has no tokens.")
-            if context is not None and len(ids) + self.args.max_completion_length > context:
-                raise ValueError(
-                    f"A prompt of {len(ids)} tokens and a completion of {self.args.max_completion_length} do not fit into "
-                    f"the context of {context} tokens: {str(prompt)[:200]!r}. Drop such prompts, or lower "
-                    "`max_completion_length`."
-                )
-        return prompt_ids
-
-    # ---- one step: sample, score, loss ----
+    # ---- one step ----
 
     def compute_loss(
         self,
@@ -363,7 +322,7 @@ class MPOTrainer(MixtureSaving, Trainer):
         self.model.eval()
         known = None
         if self._fits_given:
-            completions, known = self._given_completions(inputs), _columns(inputs)
+            completions, known = self._given_completions(inputs), columns_of(inputs)
         else:
             completions = self.sample(inputs, torch.tensor(self.rollouts.proposal, dtype=torch.float64))
         rewards = self._known_rewards(known)
@@ -373,93 +332,6 @@ class MPOTrainer(MixtureSaving, Trainer):
         self.rollouts.prepare_estimate()
         self._record_completions("train", completions, rewards)
         return self.rollouts.loss(self.weights)
-
-    def _given_completions(self, inputs: list[dict[str, Any]]) -> Completions:
-        """Completions that came with the dataset. Texts are tokenized, and end with the end token."""
-        known = _columns(inputs)
-        prompt_ids = known["prompt_ids"] if "prompt_ids" in known else self._tokenize(known["prompt"])
-        if "completion_ids" in known:
-            completion_ids = known["completion_ids"]
-        else:
-            texts = [c if isinstance(c, str) else c[-1]["content"] for c in known["completion"]]
-            encoded = self.processing_class(text=texts, add_special_tokens=False)["input_ids"]
-            end = [self.processing_class.eos_token_id] if self.processing_class.eos_token_id is not None else []
-            completion_ids = [ids + end for ids in encoded]
-        return pad_completions(prompt_ids, completion_ids, self.processing_class.pad_token_id, self.model.device)
-
-    def _known_rewards(self, known: dict[str, list] | None) -> torch.Tensor | None:
-        if self.args.objective != "implicit" and not self.reward_functions and None in known.get("rewards", [None]):
-            raise ValueError(
-                f"The rewards of {self.objective_names} are not all known from the rollouts. Pass `reward_funcs`."
-            )
-        rewards = known.get("rewards", [None]) if known else [None]
-        return None if None in rewards else torch.tensor(rewards, dtype=torch.float64)
-
-    def _repeated(self, inputs: list[dict[str, Any]], completions: Completions) -> list[dict[str, Any]]:
-        """The example that every completion belongs to."""
-        return [example for example in inputs for _ in range(len(completions) // len(inputs))]
-
-    def sample(self, inputs: list[dict[str, Any]], weights: torch.Tensor) -> Completions:
-        """Draws `num_generations` completions of every prompt from the proposal."""
-        if self.args.proposal == "mixture":
-            return self._sample_from(self.model, inputs, weights)
-        completions = self._sample_from(self.reference_policy, inputs, None)
-        completions.reference_logps = completions.pooled_logps
-        return completions
-
-    def _sample_from(
-        self, policy: MixturePolicyModel, inputs: list[dict[str, Any]], weights: torch.Tensor | None
-    ) -> Completions:
-        return sample_completions(
-            policy,
-            self._tokenize([example["prompt"] for example in inputs]),
-            num_generations=self.args.num_generations,
-            max_completion_length=self.args.max_completion_length,
-            pad_token_id=self.processing_class.pad_token_id,
-            eos_token_id=self._eos_token_ids,
-            temperature=self.args.temperature,
-            mixture_weights=weights,
-        )
-
-    @functools.cached_property
-    def policy_scorer(self) -> CompletionScorer:
-        """Scores completions under every policy."""
-        return CompletionScorer(self.policies)
-
-    @functools.cached_property
-    def reference_scorer(self) -> CompletionScorer:
-        """Scores completions under the reference policy."""
-        return CompletionScorer([self.reference_policy])
-
-    def policy_logps(self, completions: Completions) -> torch.Tensor:
-        """Log-probabilities under every policy, shape `(N, K)`: as sampling told them, or computed."""
-        if completions.policy_logps is None:
-            completions.policy_logps = self.policy_scorer.logps(completions, self.args.logps_batch_size)
-        return completions.policy_logps
-
-    def reference_logps(self, completions: Completions) -> torch.Tensor:
-        """Log-probabilities under the reference policy, shape `(N,)`: as sampling told them, or computed."""
-        if completions.reference_logps is None:
-            known = completions.policy_logps
-            if known is not None and known.shape[-1] > self.goal.num_objectives:  # the mixture's last component
-                completions.reference_logps = known[:, -1]
-            else:
-                scores = self.reference_scorer.logps(completions, self.args.logps_batch_size)
-                completions.reference_logps = scores[:, 0]
-        return completions.reference_logps
-
-    def score_rewards(
-        self, inputs: list[dict[str, Any]], completions: Completions, objectives: Sequence[int] | None = None
-    ) -> torch.Tensor:
-        """Rewards of every completion, all or those of some `objectives`: shape `(N, K)`, float64, on the CPU."""
-        repeated = self._repeated(inputs, completions)
-        prompts, completion_ids = [example["prompt"] for example in repeated], completions.id_lists()
-        texts = completion_texts(completions, prompts, self.processing_class)
-        columns = {name: [e[name] for e in repeated] for name in repeated[0] if name not in ("prompt", *COLUMNS)}
-        columns |= {"completion_ids": completion_ids, "trainer_state": self.state}
-        functions = self.reward_functions if objectives is None else [self.reward_functions[k] for k in objectives]
-        rewards = [reward(prompts, texts, **columns) for reward in functions]
-        return torch.stack(rewards, dim=-1).double().cpu()
 
     def _evaluate_on_estimate(self, inputs: list[dict[str, Any]]) -> torch.Tensor:
         """The loss on completions of the prompts in `inputs` alone, by the estimate that the fit uses."""
@@ -570,9 +442,8 @@ class MPOTrainer(MixtureSaving, Trainer):
 
     def is_sure_enough(self) -> bool:
         """Whether the duality gap is known to be below `args.tolerance`. Never when there is nothing to save by ending."""
-        known = (
-            self.args.welfare == "weighted_sum" and self.args.objective != "achieved"
-        )  # there are no weights to find
+        # there are no weights to find then
+        known = self.args.welfare == "weighted_sum" and self.args.objective != "achieved"
         if self.certificate is None or self._fits_given or known:
             return False
         enough = self.rollouts.estimate.table.num_prompts >= MIN_PROMPTS
@@ -580,83 +451,6 @@ class MPOTrainer(MixtureSaving, Trainer):
 
     def floating_point_ops(self, inputs: list[dict[str, Any]]) -> int:
         return 0  # what is spent depends on the completions, not on the prompts that Trainer would count
-
-    # ---- logging ----
-
-    def record(self, mode: str, name: str, values: torch.Tensor) -> None:
-        """Adds the mean of `values` over all processes to what is logged next; `mode` is "train" or "eval"."""
-        gathered = self.accelerator.gather(values.detach().float().to(self.accelerator.device))
-        self._metrics[mode][name].append(gathered.mean().item())
-
-    def _record_step(
-        self,
-        mode: str,
-        loss: torch.Tensor,
-        log_weights: torch.Tensor,
-        rewards: torch.Tensor | None,
-        completions: Completions,
-    ) -> None:
-        fraction = effective_sample_size(log_weights.detach()) / log_weights.shape[-1]
-        self.record(mode, "dual_objective", loss.reshape(1))
-        self.record(mode, "effective_sample_size", fraction)
-        self._record_completions(mode, completions, rewards)
-        if mode == "train":
-            self._warn_of_collapse(self._metrics[mode]["effective_sample_size"][-1])
-
-    def _record_loss(self, mode: str, loss: torch.Tensor) -> None:
-        name, value = ("welfare", -loss) if self.args.objective == "achieved" else ("dual_objective", loss)
-        self.record(mode, name, value.reshape(1))
-
-    def _record_completions(self, mode: str, completions: Completions, rewards: torch.Tensor | None) -> None:
-        self.record(mode, "completions/mean_length", completions.completion_mask.sum(-1))
-        if rewards is not None:
-            for name, values in zip(self.objective_names, rewards.reshape(-1, rewards.shape[-1]).unbind(-1)):
-                self.record(mode, f"rewards/{name}", values)
-        for name, reward in zip(self.objective_names, self.reward_functions):
-            for metric, values in reward.metrics.items():
-                self.record(mode, f"ensembles/{name}/{metric}", values)
-
-    def _record_certificate(self) -> None:
-        """What is known of the weights after they have been fitted to a larger table."""
-        certificate, estimate, weights = self.certificate, self.rollouts.estimate, self.weights.detach()
-        self._record_loss("train", estimate.loss(weights))
-        self.record("train", "effective_sample_size", torch.tensor([estimate.effective_sample_size(weights)]))
-        self._warn_of_collapse(self._metrics["train"]["effective_sample_size"][-1])
-        if certificate is not None:
-            self.record("train", "duality_gap_bound", torch.tensor([certificate.duality_gap_bound]))
-            for name, error in zip(self.objective_names, certificate.standard_errors):
-                self.record("train", f"standard_errors/{name}", error.reshape(1))
-            if certificate.mixture_rewards is not None:
-                for name, reward in zip(self.objective_names, certificate.mixture_rewards):
-                    self.record("train", f"mixture_rewards/{name}", reward.reshape(1))
-            if certificate.shortfall is not None:
-                self.record("train", "shortfall", torch.tensor([certificate.shortfall]))
-
-    def _warn_of_collapse(self, fraction: float) -> None:
-        if fraction >= self.args.min_effective_sample_size or self._warned_collapse:
-            return
-        self._warned_collapse = True
-        if self.args.proposal == "reference":
-            advice = 'Draw from the mixture itself with `proposal="mixture"`'
-        else:
-            advice = "Draw more completions (`num_generations`), or shorter ones (`max_completion_length`)"
-        if self.args.objective != "implicit":
-            advice += ", or raise `beta`"
-        logger.warning(
-            f"Only {fraction:.1%} of the completions count: the effective sample size has collapsed, and the weights may "
-            f'run away from the optimum (proposal "{self.args.proposal}"). {advice}.'
-        )
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
-        metrics = {name: sum(values) / len(values) for name, values in self._metrics[mode].items() if values}
-        if mode == "eval":
-            metrics = {f"eval_{name}": value for name, value in metrics.items()}
-        else:
-            names = [*self.objective_names, "reference"]
-            metrics |= {f"weights/{name}": weight for name, weight in zip(names, self.model.config.mixture_weights)}
-        self._metrics[mode].clear()
-        super().log({**logs, **metrics}, start_time)
 
 
 class _MirrorDescentCallback(TrainerCallback):
@@ -697,7 +491,3 @@ class _FitState(TrainerCallback, ExportableState):
     def state(self) -> dict:
         rollouts = self.rollouts.state() if self.rollouts is not None else None
         return {"args": {}, "attributes": {"offsets": self.offsets, "rollouts": rollouts}}
-
-
-def _columns(rows: list[dict[str, Any]]) -> dict[str, list]:
-    return {name: [row[name] for row in rows] for name in rows[0]}

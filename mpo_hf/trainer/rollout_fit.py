@@ -36,6 +36,7 @@ class RolloutFit:
         self.estimate: Estimate | None = None
         self._value: tuple[Estimate, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self.certificate: Certificate | None = None
+        self.effective_sample_size: float | None = None
         self.proposal: Proposal = self._first_proposal()
         self._fitted_rows, self._is_new = 0, False
         self._step, self._micro_batch = -1, 0
@@ -270,6 +271,7 @@ class RolloutFit:
         if not self._is_new:
             return False
         args, self._is_new = self.trainer.args, False
+        self.effective_sample_size = self.estimate.effective_sample_size(weights)
         if self.estimate.table.num_prompts > 1:
             self.certificate = self.estimate.certify(
                 weights,
@@ -282,8 +284,7 @@ class RolloutFit:
         return True
 
     def _renew_proposal(self, weights: torch.Tensor) -> None:
-        usable = self.estimate.effective_sample_size(weights)
-        if self.proposal and usable < self.trainer.args.refresh_below:
+        if self.proposal and self.effective_sample_size < self.trainer.args.refresh_below:
             defensive = (1 - DEFENSIVE_SHARE) * weights + DEFENSIVE_SHARE / len(weights)
             self.proposal = tuple(self.trainer.goal.mixture_weights(defensive).tolist())
 
