@@ -1,4 +1,4 @@
-"""How the components of a mixture run: one after another, or adapters over one base side by side in one pass."""
+"""How the components of a mixture run: one after another, or side by side in one pass."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +12,7 @@ from .component_loading import PolicyHandle, forward_parameters
 from .mixture_cache import bind_cache, component_views
 from .stacked_cache import StackedCacheView, can_stack, join_static_layers
 from .stacked_lora import AdapterStacks
+from .stacked_models import ModelStacks
 from .stacked_rows import can_run_stacked, repeat_rows
 
 
@@ -23,12 +24,15 @@ class ComponentRunningMixin:
         backbones (`list[nn.Module]`): loaded models, each shared by one or more components.
         policies (`list[PolicyHandle]`): which backbone, with which adapter, every component runs on.
         stack_adapters (`bool`): whether adapters over one base run side by side where they can.
+        stack_models (`bool`): whether full models of one architecture do.
     """
 
     backbones: list[nn.Module]
     policies: list[PolicyHandle]
     stack_adapters: bool
+    stack_models: bool
     _stacks: dict[int, AdapterStacks]
+    _model_stacks: ModelStacks
 
     def _views(self, cache: Cache, active: Sequence[int]) -> tuple[Sequence[int], dict[int, Cache]]:
         """The components that a cache holds, and each one's view of it; a new cache is to hold those of `active`."""
@@ -72,34 +76,43 @@ class ComponentRunningMixin:
     def _component_logits(
         self, active: Sequence[int], inputs: dict[str, Any], views: dict[int, Cache], extras: dict[str, list]
     ) -> Iterator[torch.Tensor]:
-        """Logits of one component after another. Adapters that can run side by side do so when the first is due."""
+        """Logits of one component after another. Those that can run side by side do so when the first is due."""
         # the state of adapters is compared wherever something is computed anew, not at every step of decoding
         is_step = inputs["input_ids"].shape[1] == 1 and bool(views)
-        groups = self._adapter_groups(active, inputs, views, check=not is_step)
+        groups = self._groups(active, inputs, views, check=not is_step)
+        devices = {k: execution_device(self.backbones[self.policies[k].backbone]) for k in active}
+        # copied before anything runs: a copy waits for the GPU that it comes from, and what needs it on another would too
+        own = {device: _copy_to(device, inputs) for device in dict.fromkeys(devices.values())}
         done: dict[int, torch.Tensor] = {}
         for k in active:
             if k in groups and k not in done:
-                done.update(self._run_stacked(*groups[k], inputs, views))
-            yield (
-                done.pop(k) if k in done else self._run_policy(k, {**inputs, "past_key_values": views.get(k)}, extras)
-            )
+                done.update(self._run_stacked(*groups[k], own[devices[k]], views))
+            if k in done:
+                yield done.pop(k)
+            else:
+                yield self._run_policy(k, {**own[devices[k]], "past_key_values": views.get(k)}, extras)
         if views and not is_step and not torch.compiler.is_compiling():
             self._prepare_steps([k for k in active if k not in groups], views, len(inputs["input_ids"]))
 
-    def _adapter_groups(
+    def _groups(
         self, active: Sequence[int], inputs: dict[str, Any], views: dict[int, Cache], check: bool = True
     ) -> dict[int, tuple[list[int], nn.Module]]:
         """
         For components that run side by side in a call: all of their group, and the model that runs them. `check` is
-        whether to look if the adapters have changed.
+        whether to look if adapters or models have changed.
         """
         groups: dict[int, tuple[list[int], nn.Module]] = {}
-        if not self.stack_adapters or hasattr(self, "peft_config") or not can_stack(views.values()):
+        if hasattr(self, "peft_config") or not can_stack(views.values()):
             return groups
-        for index in dict.fromkeys(self.policies[k].backbone for k in active):
+        for index in dict.fromkeys(self.policies[k].backbone for k in active) if self.stack_adapters else ():
             members = self._stackable(index, active)
             if len(members) > 1 and can_run_stacked(self.backbones[index], inputs, len(members)):
                 stack = self._stacks[index].get([self.policies[k].adapter for k in members], check=check)
+                if stack is not None:
+                    groups |= dict.fromkeys(members, (members, stack))
+        for members, models in self._model_stacks.groups(self._full_models, check) if self.stack_models else ():
+            if set(members) <= set(active) and all(can_run_stacked(m, inputs, len(members)) for m in models.models):
+                stack = models.get(check=check)
                 if stack is not None:
                     groups |= dict.fromkeys(members, (members, stack))
         return groups
@@ -110,7 +123,7 @@ class ComponentRunningMixin:
         whether adapters have changed, and those that are compiled neither stack adapters nor gather their keys.
         """
         step = {"input_ids": torch.empty(rows, 1, dtype=torch.long, device=self.device)}
-        for members, _ in self._adapter_groups(active, step, views).values():
+        for members, _ in self._groups(active, step, views).values():
             join_static_layers([views[k] for k in members])
 
     def _stackable(self, index: int, components: Sequence[int]) -> list[int]:
@@ -128,22 +141,35 @@ class ComponentRunningMixin:
     @property
     def stacked_components(self) -> list[list[int]]:
         """
-        Components that are adapters over one base and run in one forward pass, where they have weight and nothing is
-        trained. All others run one after another, with the same results; why is logged at the level `info`.
+        Components that run in one forward pass, where they have weight and nothing is trained: adapters over one base, and
+        with `stack_models` full models of one architecture. All others run one after another, with the same results; why
+        is logged at the level `info`.
         """
-        groups = [self._stackable(index, range(len(self.policies))) for index in range(self._num_backbones)]
-        return [
-            group
-            for index, group in enumerate(groups)
-            if len(group) > 1 and self._stacks[index].get([self.policies[k].adapter for k in group]) is not None
-        ]
+        found = []
+        for index in range(self._num_backbones) if self.stack_adapters else ():
+            group = self._stackable(index, range(len(self.policies)))
+            if len(group) > 1 and self._stacks[index].get([self.policies[k].adapter for k in group]) is not None:
+                found.append(group)
+        full = self._model_stacks.groups(self._full_models) if self.stack_models else []
+        return found + [group for group, models in full if models.get() is not None]
+
+    @property
+    def _full_models(self) -> dict[int, nn.Module]:
+        """The models of components without an adapter."""
+        return {k: self.backbones[handle.backbone] for k, handle in enumerate(self.policies) if handle.adapter is None}
 
     def _run_stacked(
         self, members: list[int], stack: nn.Module, inputs: dict[str, Any], views: dict[int, Cache]
     ) -> dict[int, torch.Tensor]:
         """Logits of components that run side by side."""
-        keep = inputs["logits_to_keep"]
-        inputs = self._accepted_inputs(stack, inputs)
+        keep, ids = inputs["logits_to_keep"], inputs["input_ids"]
+        if inputs["position_ids"] is None:  # by row, where some models would make one row for all
+            past = views[members[0]].get_seq_length() if views else 0
+            inputs = {
+                **inputs,
+                "position_ids": (torch.arange(ids.shape[1], device=ids.device) + past).expand(ids.shape),
+            }
+        inputs = _accepted_inputs(stack, inputs)
         if views:
             inputs["past_key_values"] = StackedCacheView([views[k] for k in members])
         logits = self._common_logits(stack(**repeat_rows(inputs, len(members)), return_dict=True).logits, inputs, keep)
@@ -174,15 +200,7 @@ class ComponentRunningMixin:
                 "With gradient checkpointing the layers run again when gradients are computed, and then with the adapter "
                 "that ran last: those of the others would be wrong. Train adapters of one model without it."
             )
-        return backbone, self._accepted_inputs(backbone, inputs)
-
-    @staticmethod
-    def _accepted_inputs(backbone: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What a model accepts of `inputs`, on its device."""
-        accepted = forward_parameters(backbone)
-        inputs = {n: v for n, v in inputs.items() if n in accepted or n not in ("position_ids", "logits_to_keep")}
-        device = execution_device(backbone)
-        return {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+        return backbone, _copy_to(execution_device(backbone), _accepted_inputs(backbone, inputs))
 
     def _is_shared(self, handle: PolicyHandle) -> bool:
         return len({other.adapter for other in self.policies if other.backbone == handle.backbone}) > 1
@@ -195,6 +213,16 @@ def execution_device(backbone: nn.Module) -> torch.device:
         base = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
         device = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
     return torch.device("meta" if device is None else device)
+
+
+def _accepted_inputs(backbone: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What a model accepts of `inputs`."""
+    accepted = forward_parameters(backbone)
+    return {n: v for n, v in inputs.items() if n in accepted or n not in ("position_ids", "logits_to_keep")}
+
+
+def _copy_to(device: torch.device, inputs: dict[str, Any]) -> dict[str, Any]:
+    return {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
 
 
 def _positions(

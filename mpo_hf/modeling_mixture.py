@@ -24,6 +24,7 @@ from .pooled_head import PooledBackbone, PooledHead
 from .pooling import log_linear_pool, rule_out_implausible
 from .presets import PresetMixin
 from .stacked_lora import AdapterStacks
+from .stacked_models import ModelStacks
 
 
 logger = logging.get_logger(__name__)
@@ -107,9 +108,10 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
             raise ValueError(f"Got {len(self.policies)} policies for a config of {len(config.components)} components.")
         self._reference_handle = reference
         self._load_kwargs = load_kwargs or {}
-        # whether adapters over one base run side by side where they can
-        self.stack_adapters = True
+        # whether adapters over one base run side by side where they can, and full models, whose weights move for it
+        self.stack_adapters, self.stack_models = True, False
         self._stacks: dict[int, AdapterStacks] = {}
+        self._model_stacks = ModelStacks()
         # given the components that run and their logits one after another, passes these on
         self.component_hook: Callable[[Sequence[int], Iterator[torch.Tensor]], Iterator[torch.Tensor]] | None = None
         self.pooled_head = PooledHead(self)

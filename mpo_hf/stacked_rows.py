@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .component_loading import forward_parameters
+
 
 # Tokens in one pass, all blocks counted, up to which one pass saves much of the time of several. Beyond it saves a
 # tenth at best, and is not worth the memory of everybody's logits at once.
@@ -106,12 +108,16 @@ def check_rows(stack: nn.Module, stacked: Sequence[nn.Module], count: int) -> No
         seen[layer] = tuple(args[0].shape[:-1] if args[0].is_floating_point() else args[0].shape)
 
     hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in stacked]
+    inputs = {"input_ids": torch.zeros(shape, dtype=torch.long, device=stack.device), "use_cache": False}
+    if "position_ids" in forward_parameters(stack):  # by row, where some models would make one row for all
+        inputs["position_ids"] = torch.arange(count + 1, device=stack.device).expand(shape)
     try:
-        stack(input_ids=torch.zeros(shape, dtype=torch.long, device=stack.device), use_cache=False)
+        stack(**inputs)
     finally:
         for hook in hooks:
             hook.remove()
     for layer in stacked:
-        # what is split into heads has one dimension more
-        if seen.get(layer, ())[: len(shape)] != shape:
-            raise CannotStack(f"of {shape} tokens, a layer of theirs saw {seen.get(layer)}")
+        found = seen.get(layer, ())
+        # what is split into heads has these as a dimension of their own, before or behind the tokens
+        if found != shape and not (len(found) == 3 and found[0] == count and count + 1 in found[1:]):
+            raise CannotStack(f"of {shape} tokens, a layer of theirs saw {found}")

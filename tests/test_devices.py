@@ -1,5 +1,6 @@
 """Components on devices of their own, offloaded, quantised: the mixture is that of the components so placed."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -222,6 +223,44 @@ def test_fits_with_policies_on_different_devices_find_the_same_weights(tmp_path)
     assert len(fits) == 4
     for in_one_place, apart in fits.values():
         assert in_one_place == apart != [0.5, 0.5]
+
+
+ORDER = """
+import sys
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+sys.path.insert(0, {tests!r})
+from second_device import place
+from toy import toy_policy
+from mpo_hf import MixturePolicyModel
+
+class Log(TorchDispatchMode):
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if torch.device((kwargs or {{}}).get("device") or "cpu").type == "second":
+            events.append("copied")
+        return operator(*args, **(kwargs or {{}}))
+
+events = []
+models = [toy_policy(1, 0.1), toy_policy(2, 0.1)]
+place(models[1])
+mixture = MixturePolicyModel.from_policies(models)
+for model, event in zip(models, ("first runs", "second runs")):
+    model.set_attn_implementation("eager")
+    model.register_forward_pre_hook(lambda *_, event=event: events.append(event))
+ids = torch.tensor([[1, 2, 3]])
+with torch.no_grad(), Log():
+    mixture(input_ids=ids, attention_mask=torch.ones_like(ids))
+print(events[: events.index("second runs")])
+"""
+
+
+def test_a_device_has_its_inputs_before_another_is_busy():
+    """A copy waits for what the device that it comes from was told to do before."""
+    script = ORDER.format(tests=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *copies, last = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert last == "first runs" and set(copies) == {"copied"}
 
 
 # ---- quantisation ----

@@ -47,6 +47,7 @@ USED = {
     "mixture_building.py": {"_attn_implementation"},
     "stacked_cache.py": {"_dynamo"},
     "stacked_lora.py": {"_modules", "_version"},
+    "stacked_models.py": {"_attn_implementation", "_modules", "_parameters"},
     "sequence_level.py": {"_beam_search", "_pad_token_tensor", "_prefill", "_update_model_kwargs_for_generation"},
     "trainer/mpo_config.py": {"_VALID_DICT_FIELDS"},
     "trainer/mpo_trainer.py": {"_tag_names"},

@@ -9,7 +9,8 @@ median over the repetitions is printed with its quartiles:
 - one after another: the mixture as it runs such models
 - threads: the same, each model in a thread of its own
 - vmap: `torch.func.vmap` over the stacked weights of all models
-- bmm: one pass over all rows, in which every linear layer is a batched product with the stacked weights of all models
+- side by side: one pass over all rows, in which every linear layer is a batched product with the weights of all models
+  (`model.stack_models = True`)
 - adapters: the models as extracted adapters of one base (rank 32 on all linear layers), side by side
 
 Weights are random, as the time of a step does not depend on them.
@@ -23,14 +24,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
+from common import add_random_adapters, describe_machine, interleaved, mix, ratios, show, table
 from torch.func import functional_call, stack_module_state, vmap
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mpo_hf import MixturePolicyModel
 from mpo_hf.pooling import log_linear_pool
-from mpo_hf.stacked_rows import StackedModules
 
 
 Step = Callable[[], torch.Tensor]
@@ -54,44 +53,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
-
-
-class StackedLinear(nn.Module):
-    """A linear layer of K models, each for its own block of rows."""
-
-    def __init__(self, layers: list[nn.Linear]):
-        super().__init__()
-        self.weight = nn.Parameter(torch.stack([layer.weight.T for layer in layers]))
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        blocks = rows.reshape(len(self.weight), -1, rows.shape[-1])
-        return torch.bmm(blocks, self.weight).view(*rows.shape[:-1], -1)
-
-
-def stack_models(models: list[PreTrainedModel]) -> PreTrainedModel:
-    """One model whose rows are those of all, block after block."""
-    stack = copy.deepcopy(models[0])
-    for name, module in models[0].named_modules():
-        if name and not list(module.children()) and list(module.parameters(recurse=False)):
-            own = [model.get_submodule(name) for model in models]
-            stack.set_submodule(name, (StackedLinear if isinstance(module, nn.Linear) else StackedModules)(own))
-    return stack.eval()
-
-
-def adapters_of(model: PreTrainedModel, count: int, rank: int) -> MixturePolicyModel:
-    """A mixture of random adapters over a model."""
-    config = LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False)
-    adapted = get_peft_model(copy.deepcopy(model), config, "0")
-    for k in range(1, count):
-        adapted.add_adapter(str(k), config)
-    adapted.eval().requires_grad_(False)
-    policies = []
-    for k in range(count):
-        adapted.set_adapter(str(k), inference_mode=True)
-        policies.append(MixturePolicyModel.from_policies([adapted]))
-    mixture = MixturePolicyModel.from_policies(policies)
-    assert mixture.stacked_components == [list(range(count))]
-    return mixture
 
 
 def filled_cache(config, layers: int, rows: int, context: int) -> DynamicCache:
@@ -121,8 +82,9 @@ def make_steps(models: list[PreTrainedModel], batch_size: int, context: int, ran
     weights = mixture.config.mixture_weights
     pool = ThreadPoolExecutor(count)
     own_caches = [filled_cache(config, layers, batch_size, context) for _ in models]
-    stack = stack_models(models)
-    stacked_cache = filled_cache(config, layers, count * batch_size, context)
+    stacked = MixturePolicyModel.from_policies(models)
+    stacked.stack_models = True
+    assert stacked.stacked_components == [list(range(count))]
     parameters, buffers = stack_module_state(models)
     empty = copy.deepcopy(models[0]).to("meta")
     shape = (count, 2, layers, batch_size, config.num_key_value_heads, context, config.head_dim)
@@ -146,34 +108,13 @@ def make_steps(models: list[PreTrainedModel], batch_size: int, context: int, ran
     def run_vmap() -> torch.Tensor:
         return log_linear_pool(vmap(call)(parameters, buffers, states).unbind(), torch.tensor(weights))
 
-    def run_stack() -> torch.Tensor:
-        logits = stack(ids.repeat(count, 1), past_key_values=stacked_cache).logits
-        return log_linear_pool(logits.chunk(count), torch.tensor(weights))
-
     return {
         "one after another": step_of_mixture(mixture, ids, context),
         "threads": run_threads,
         "vmap": run_vmap,
-        "bmm": run_stack,
-        "adapters": step_of_mixture(adapters_of(models[0], count, rank), ids, context),
+        "side by side": step_of_mixture(stacked, ids, context),
+        "adapters": step_of_mixture(mix(add_random_adapters(models[0], count, rank), count), ids, context),
     }
-
-
-def interleaved(ways: dict[str, Step], repetitions: int) -> dict[str, list[float]]:
-    """Seconds a step, every way once in each repetition. The first three are not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for repetition in range(repetitions + 3):
-        for name, step in ways.items():
-            start = time.perf_counter()
-            step()
-            if repetition >= 3:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def quartiles(ratios: list[float]) -> str:
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 @torch.no_grad()
@@ -181,25 +122,22 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    names = ["threads", "vmap", "bmm", "adapters"]
+    names = ["threads", "vmap", "side by side", "adapters"]
     print(f"float32, {args.threads} threads, {args.context} tokens of context. Ratios to one after another:\n")
-    print("| model | K | batch | one after another, ms | " + " | ".join(names) + " |")
-    print("|" + "---|" * (4 + len(names)))
+    rows = []
     for shape in args.shapes:
         config = LlamaConfig(**SHAPES[shape], num_key_value_heads=KEY_VALUE_HEADS[shape], tie_word_embeddings=True)
         for count in args.counts:
             models = [LlamaForCausalLM(config).eval().requires_grad_(False) for _ in range(count)]
             for batch_size in args.batch_sizes:
                 ways = make_steps(models, batch_size, args.context, args.rank)
-                seconds = interleaved(ways, args.repetitions)
-                first = seconds["one after another"]
-                cells = [quartiles([own / other for own, other in zip(seconds[name], first)]) for name in names]
-                print(
-                    f"| {shape} | {count} | {batch_size} | {statistics.median(first) * 1000:.1f} | "
-                    + " | ".join(cells)
-                    + " |",
-                    flush=True,
-                )
+                seconds = interleaved(ways, args.repetitions, time.perf_counter)
+                cells = ratios(seconds, "one after another")
+                milliseconds = statistics.median(seconds["one after another"]) * 1000
+                rows.append([shape, count, batch_size, f"{milliseconds:.1f}", *(show(cells[name]) for name in names)])
+                print(rows[-1], flush=True)
+    print("\n" + table(["model", "K", "batch", "one after another, ms", *names], rows))
+    print(f"\n{describe_machine()}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,335 @@
+"""
+K full models of one architecture in one forward pass.
+
+The rows of the K models are laid one block after another, and the weights of each layer are laid side by side, so that
+one batched product applies them to all blocks. That saves what Python, the launch of kernels and small products cost,
+not the reading of weights. No weight is held twice: what the models have as their own become parts of the tensors side
+by side.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from .component_loading import forward_parameters
+from .stacked_rows import CannotStack, StackedModules, check_rows, with_children
+
+
+logger = logging.get_logger(__name__)
+
+# What configs of models that compute alike may differ in: names, and what only `generate` reads.
+_NAMES = {
+    *("_name_or_path", "architectures", "transformers_version", "dtype", "use_cache", "task_specific_params"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id"),
+}
+
+
+class StackedLinear(nn.Module):
+    """
+    A linear layer with weights for each block of rows.
+
+    Args:
+        weight (`torch.Tensor` of shape `(K, in_features, out_features)`): the weights.
+        bias (`torch.Tensor` of shape `(K, out_features)`, *optional*): the biases.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.unsqueeze(1), persistent=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        blocks = hidden_states.reshape(len(self.weight), -1, hidden_states.shape[-1])
+        if self.bias is None:
+            blocks = torch.bmm(blocks, self.weight)
+        else:
+            blocks = torch.baddbmm(self.bias, blocks, self.weight)
+        return blocks.view(*hidden_states.shape[:-1], -1)
+
+
+class StackedEmbedding(nn.Module):
+    """
+    An embedding with a table for each block of rows.
+
+    Args:
+        weight (`torch.Tensor` of shape `(K, num_embeddings, embedding_dim)`): the tables.
+    """
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+
+    def forward(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        count, size, _ = self.weight.shape
+        first = torch.arange(count, device=input_ids.device)[:, None] * size
+        rows = input_ids.reshape(count, -1) + first
+        return F.embedding(rows, self.weight.flatten(0, 1)).view(*input_ids.shape, -1)
+
+
+class StackedNorm(nn.Module):
+    """
+    A norm that multiplies by its parameters, as root mean square norms do, with parameters for each block of rows.
+
+    Args:
+        norm (`nn.Module`): the norm of one of the models.
+        parameters (`dict[str, torch.Tensor]`): the parameters of all by name, `(K, features)` each.
+    """
+
+    def __init__(self, norm: nn.Module, parameters: dict[str, torch.Tensor]):
+        super().__init__()
+        self.norm = with_children(norm, {})
+        self.norm._parameters = {name: values.unsqueeze(1) for name, values in parameters.items()}
+        self.count = len(next(iter(parameters.values())))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        blocks = hidden_states.reshape(self.count, -1, hidden_states.shape[-1])
+        return self.norm(blocks).view(hidden_states.shape)
+
+
+class ModelStack:
+    """
+    A model whose rows are those of several full models, made when it is first asked for.
+
+    Args:
+        models (`Sequence[PreTrainedModel]`): models that [`alike`] puts together. Their parameters become parts of larger
+            tensors, and are otherwise as before.
+    """
+
+    def __init__(self, models: Sequence[PreTrainedModel]):
+        self.models = list(models)
+        self._state: list[Any] | None = None
+        self._stack: nn.Module | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_state": None, "_stack": None}  # what is copied or saved makes its own
+
+    def get(self, check: bool = True) -> nn.Module | None:
+        """
+        The model of all blocks.
+
+        Args:
+            check (`bool`, *optional*, defaults to `True`):
+                Whether to look if layers or parameters have been replaced since it was made. Other values in the same
+                place are seen anyway.
+
+        Returns:
+            `nn.Module`, or `None` when these models cannot run side by side.
+        """
+        if torch.compiler.is_compiling():
+            return self._stack
+        if self._state is None or (check and self._state != _state(self.models)):
+            self._stack = stack_models(self.models)
+            self._state = _state(self.models)
+        return self._stack
+
+
+class ModelStacks:
+    """The stacks of a mixture's components that are full models, by component."""
+
+    def __init__(self):
+        self._stacks: dict[tuple[int, ...], ModelStack] = {}
+
+    def groups(self, models: Mapping[int, nn.Module], check: bool = True) -> list[tuple[list[int], ModelStack]]:
+        """
+        Which components could run side by side, and what makes one model of them.
+
+        Args:
+            models (`Mapping[int, nn.Module]`): the models of the components that have no adapter.
+            check (`bool`, *optional*, defaults to `True`): whether to look if these are still the models of last time.
+        """
+        if check and not torch.compiler.is_compiling():
+            last, self._stacks = self._stacks, {}
+            for members in alike(models):
+                stack = last.get(members)
+                own = [models[k] for k in members]
+                self._stacks[members] = stack if stack is not None and stack.models == own else ModelStack(own)
+        return [(list(members), stack) for members, stack in self._stacks.items()]
+
+
+def alike(models: Mapping[int, nn.Module]) -> list[tuple[int, ...]]:
+    """
+    Which models could run side by side: full models that compute the same on one device, but for their weights.
+
+    Args:
+        models (`Mapping[int, nn.Module]`): models by component.
+
+    Returns:
+        `list[tuple[int, ...]]`: two or more components each.
+    """
+    groups: dict[Any, list[int]] = {}
+    for k, model in models.items():
+        # adapters have a way of their own
+        if isinstance(model, PreTrainedModel) and not getattr(model, "_hf_peft_config_loaded", False):
+            config = {name: value for name, value in model.config.to_dict().items() if name not in _NAMES}
+            own = model.config._attn_implementation, str(model.dtype), str(model.device)
+            groups.setdefault((type(model), *own, json.dumps(config, sort_keys=True, default=str)), []).append(k)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+def stack_models(models: Sequence[PreTrainedModel]) -> nn.Module | None:
+    """
+    One model whose rows are those of several, block after block.
+
+    Args:
+        models (`Sequence[PreTrainedModel]`): models of one architecture. Their parameters become parts of larger tensors.
+
+    Returns:
+        `nn.Module`, or `None` when the rows would not come out right, with the reason in the log.
+    """
+    builder = _Builder(models)
+    try:
+        builder.check_parameters()
+        # tensors that are made in inference mode could not be trained or changed later
+        with torch.inference_mode(False), torch.no_grad():
+            stack = builder.build(tuple(models), "")
+            _try(stack, models, builder.stacked)
+    except CannotStack as reason:
+        logger.info(
+            f"{len(models)} models of type {type(models[0]).__name__} run one after another, because {reason}."
+        )
+        return None
+    return stack
+
+
+def _try(stack: nn.Module, models: Sequence[PreTrainedModel], stacked: Sequence[nn.Module]) -> None:
+    """Compares a stack with its models on a few tokens: an architecture may do with its layers what nobody thought of."""
+    ids = torch.randint(
+        models[0].config.get_text_config().vocab_size, (2 * len(models), 3), generator=torch.Generator().manual_seed(0)
+    )
+    inputs = {"input_ids": ids.to(models[0].device), "use_cache": False}
+    if "position_ids" in forward_parameters(stack):
+        inputs["position_ids"] = torch.arange(3, device=models[0].device).expand(ids.shape)
+    try:
+        check_rows(stack, stacked, len(models))
+        found = stack(**inputs).logits
+    except CannotStack:
+        raise
+    except Exception as error:
+        raise CannotStack(f"of an error in their layers side by side: {error}") from error
+    parts = (
+        {n: v[2 * k : 2 * k + 2] if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+        for k in range(len(models))
+    )
+    expected = torch.cat([model(**part).logits for model, part in zip(models, parts)])
+    apart, scale = (found - expected).abs().max(), expected.abs().max()
+    if not apart <= scale * torch.finfo(found.dtype).eps ** 0.5:
+        raise CannotStack(f"logits of up to {scale:.3g} are {apart:.3g} apart")
+
+
+class _Builder:
+    """Lays the layers of models side by side."""
+
+    def __init__(self, models: Sequence[PreTrainedModel]):
+        self.models = models
+        self.stacked: list[nn.Module] = []
+        self._tensors: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def check_parameters(self) -> None:
+        """Before anything is moved: whether parameters correspond, and are the models' own to move."""
+        first, *others = [dict(model.named_parameters(remove_duplicate=False)) for model in self.models]
+        for parameters in others:
+            if parameters.keys() != first.keys():
+                raise CannotStack(f"{sorted(parameters.keys() ^ first.keys())} are not in all of them")
+        seen: dict[int, int] = {}
+        for k, parameters in enumerate([first, *others]):
+            for name, parameter in parameters.items():
+                like = first[name]
+                if type(parameter) is not nn.Parameter:
+                    raise CannotStack(f"the weight {name} is a {type(parameter).__name__}")
+                if parameter.is_inference():
+                    raise CannotStack(f"the weight {name} was made in inference mode")
+                if (parameter.shape, parameter.dtype, parameter.device) != (like.shape, like.dtype, like.device):
+                    raise CannotStack(f"the weights {name} differ in shape, dtype or device")
+                if parameter.is_meta:
+                    raise CannotStack("their weights are offloaded")
+                if seen.setdefault(id(parameter), k) != k:
+                    raise CannotStack(f"they share the weight {name}")
+
+    def build(self, modules: tuple[nn.Module, ...], name: str) -> nn.Module:
+        """The stacked form of modules that have the same name in all models."""
+        first = modules[0]
+        if len({type(module) for module in modules}) > 1:
+            raise CannotStack(f"{name} is a {type(first).__name__} in one and another module elsewhere")
+        self._check_buffers(modules, name)
+        if not any(True for _ in first.parameters()):
+            return first
+        if any(parameter is not None for parameter in first._parameters.values()):
+            layer = self._layer(modules)
+            self.stacked.append(layer)
+            return layer
+        children = {
+            child: module
+            and self.build(tuple(other._modules[child] for other in modules), f"{name}.{child}".lstrip("."))
+            for child, module in first._modules.items()
+        }
+        return with_children(first, children)
+
+    def _layer(self, modules: tuple[nn.Module, ...]) -> nn.Module:
+        first = modules[0]
+        if any("forward" in module.__dict__ for module in modules):
+            raise CannotStack(f"the forward of a {type(first).__name__} is replaced, as by offloading")
+        if type(first) is nn.Linear:
+            return StackedLinear(
+                self._side_by_side(modules, "weight").transpose(1, 2), self._side_by_side(modules, "bias")
+            )
+        if type(first) is Conv1D:
+            return StackedLinear(self._side_by_side(modules, "weight"), self._side_by_side(modules, "bias"))
+        if type(first) is nn.Embedding and first.max_norm is None:
+            return StackedEmbedding(self._side_by_side(modules, "weight"))
+        norm = self._norm(modules)
+        return StackedModules(modules) if norm is None else norm
+
+    def _side_by_side(self, modules: Sequence[nn.Module], name: str) -> torch.Tensor | None:
+        """One tensor of the parameters of all, which are parts of it from now on."""
+        parameters = [getattr(module, name) for module in modules]
+        if parameters[0] is None:
+            return None
+        key = tuple(map(id, parameters))  # tied weights are met more than once
+        if key not in self._tensors:
+            together = torch.empty(
+                len(parameters), *parameters[0].shape, dtype=parameters[0].dtype, device=parameters[0].device
+            )
+            for part, parameter in zip(together, parameters):
+                part.copy_(parameter)
+                parameter.data = part
+            self._tensors[key] = together
+        return self._tensors[key]
+
+    def _norm(self, modules: Sequence[nn.Module]) -> nn.Module | None:
+        """The stacked form of norms, `None` for modules that are none, or whose parameters do not just multiply."""
+        first = modules[0]
+        names = [name for name, parameter in first._parameters.items() if parameter is not None]
+        if first._modules or any(getattr(first, name).ndim != 1 for name in names):
+            return None
+        norm = StackedNorm(first, {name: self._side_by_side(modules, name) for name in names})
+        like = getattr(first, names[0])
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(len(modules), 3, len(like), generator=generator).to(like)
+        try:
+            found = norm(rows)
+        except (RuntimeError, ValueError, TypeError):  # such as layer norms, which take a vector of parameters only
+            return None
+        return norm if torch.equal(found, StackedModules(modules)(rows)) else None
+
+    def _check_buffers(self, modules: Sequence[nn.Module], name: str) -> None:
+        first, *others = [dict(module.named_buffers(recurse=False)) for module in modules]
+        for buffers in others:
+            for key, value in first.items():
+                if key not in buffers or not torch.equal(value, buffers[key]):
+                    raise CannotStack(f"{name} has another {key} in each of them")
+
+
+def _state(models: Sequence[nn.Module]) -> list[Any]:
+    """What a stack was made from: other modules, or parameters in other places, make another list."""
+    state: list[Any] = []
+    for model in models:
+        state += model.modules()
+        state += [(id(parameter), parameter.data_ptr()) for parameter in model.parameters()]
+    return state
