@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import describe_machine, ratios, show, table
 from transformers import PreTrainedTokenizerBase
 
 from mpo_hf import MixturePolicyModel
@@ -118,8 +119,7 @@ def main() -> None:
     ways = make_ways(model, args.draft_tokens)
     way = "one after another" if args.one_after_another else "side by side"
     print(f"SmolLM2-135M, float32, K = {len(ADAPTERS)} {way}, {args.threads} threads, {clock.__name__}\n")
-    print("| prompts | draft | time per token, relative | tokens a pass | ms a token |")
-    print("|" + "---|" * 5)
+    rows = []
     for kind, prompts in load_questions(tokenizer, args.prompts).items():
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         yields: dict[str, list[float]] = {way: [] for way in ways}
@@ -128,12 +128,15 @@ def main() -> None:
                 time_taken, tokens, passes = run(model, ids, {**common, **settings}, clock)
                 seconds[way].append(time_taken / tokens)
                 yields[way].append(tokens / passes)
+        relative = ratios({way: own[1:] for way, own in seconds.items()}, "plain")
         for way in ways:
-            ratios = [own / plain for own, plain in zip(seconds[way][1:], seconds["plain"][1:])]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            cells = [f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{statistics.mean(yields[way][1:]):.2f}"]
-            cells.append(f"{statistics.median(seconds[way][1:]) * 1000:.0f}")
-            print(f"| {kind} | {way} | " + " | ".join(cells) + " |", flush=True)
+            milliseconds = statistics.median(seconds[way][1:]) * 1000
+            rows.append(
+                [kind, way, show(relative[way]), f"{statistics.mean(yields[way][1:]):.2f}", f"{milliseconds:.0f}"]
+            )
+            print(rows[-1], flush=True)
+    print("\n" + table(["prompts", "draft", "time per token, relative", "tokens a pass", "ms a token"], rows))
+    print(f"\n{describe_machine()}")
 
 
 if __name__ == "__main__":
