@@ -125,6 +125,7 @@ class ModelStack:
         if torch.compiler.is_compiling():
             return self._stack
         if self._state is None or (check and self._state != _state(self.models)):
+            self._stack = None  # the old one and the new one need not fit into memory together
             self._stack = stack_models(self.models)
             self._state = _state(self.models)
         return self._stack
@@ -185,7 +186,7 @@ def stack_models(models: Sequence[PreTrainedModel]) -> nn.Module | None:
     """
     builder = _Builder(models)
     try:
-        builder.check_parameters()
+        builder.check()
         # tensors that are made in inference mode could not be trained or changed later
         with torch.inference_mode(False), torch.no_grad():
             stack = builder.build(tuple(models), "")
@@ -231,8 +232,13 @@ class _Builder:
         self.stacked: list[nn.Module] = []
         self._tensors: dict[tuple[int, ...], torch.Tensor] = {}
 
-    def check_parameters(self) -> None:
-        """Before anything is moved: whether parameters correspond, and are the models' own to move."""
+    def check(self) -> None:
+        """Before anything is moved: whether the models differ in nothing but parameters, and these are theirs to move."""
+        first, *others = [dict(model.named_buffers()) for model in self.models]
+        for buffers in others:
+            for name, value in first.items():
+                if name not in buffers or not torch.equal(value, buffers[name]):
+                    raise CannotStack(f"they have different buffers {name}")
         first, *others = [dict(model.named_parameters(remove_duplicate=False)) for model in self.models]
         for parameters in others:
             if parameters.keys() != first.keys():
@@ -240,24 +246,26 @@ class _Builder:
         seen: dict[int, int] = {}
         for k, parameters in enumerate([first, *others]):
             for name, parameter in parameters.items():
-                like = first[name]
-                if type(parameter) is not nn.Parameter:
-                    raise CannotStack(f"the weight {name} is a {type(parameter).__name__}")
-                if parameter.is_inference():
-                    raise CannotStack(f"the weight {name} was made in inference mode")
-                if (parameter.shape, parameter.dtype, parameter.device) != (like.shape, like.dtype, like.device):
-                    raise CannotStack(f"the weights {name} differ in shape, dtype or device")
-                if parameter.is_meta:
-                    raise CannotStack("their weights are offloaded")
+                self._check_parameter(name, parameter, first[name])
                 if seen.setdefault(id(parameter), k) != k:
                     raise CannotStack(f"they share the weight {name}")
+
+    @staticmethod
+    def _check_parameter(name: str, parameter: nn.Parameter, like: nn.Parameter) -> None:
+        if type(parameter) is not nn.Parameter:
+            raise CannotStack(f"the weight {name} is a {type(parameter).__name__}")
+        if parameter.is_meta:
+            raise CannotStack("their weights are offloaded")
+        if parameter.is_inference():
+            raise CannotStack(f"the weight {name} was made in inference mode")
+        if (parameter.shape, parameter.dtype, parameter.device) != (like.shape, like.dtype, like.device):
+            raise CannotStack(f"the weights {name} differ in shape, dtype or device")
 
     def build(self, modules: tuple[nn.Module, ...], name: str) -> nn.Module:
         """The stacked form of modules that have the same name in all models."""
         first = modules[0]
         if len({type(module) for module in modules}) > 1:
             raise CannotStack(f"{name} is a {type(first).__name__} in one and another module elsewhere")
-        self._check_buffers(modules, name)
         if not any(True for _ in first.parameters()):
             return first
         if any(parameter is not None for parameter in first._parameters.values()):
@@ -317,13 +325,6 @@ class _Builder:
         except (RuntimeError, ValueError, TypeError):  # such as layer norms, which take a vector of parameters only
             return None
         return norm if torch.equal(found, StackedModules(modules)(rows)) else None
-
-    def _check_buffers(self, modules: Sequence[nn.Module], name: str) -> None:
-        first, *others = [dict(module.named_buffers(recurse=False)) for module in modules]
-        for buffers in others:
-            for key, value in first.items():
-                if key not in buffers or not torch.equal(value, buffers[key]):
-                    raise CannotStack(f"{name} has another {key} in each of them")
 
 
 def _state(models: Sequence[nn.Module]) -> list[Any]:

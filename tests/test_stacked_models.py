@@ -266,7 +266,7 @@ def between_rows():
     ("make", "reason"),
     [
         (share_a_weight, "they share the weight lm_head.weight"),
-        (other_positions, "has another inv_freq"),
+        (other_positions, "different buffers model.rotary_emb.inv_freq"),
         (routed, "side by side"),
         (between_rows, "apart"),
     ],
