@@ -41,12 +41,16 @@ class MixtureTable:
         gains (`torch.Tensor` of shape `(N, K)`): \\((r_k(x, y_j) - d_k)/\beta\\).
         policy_log_ratios (`torch.Tensor` of shape `(N, M)`): \\(\log \pi_i(y_j) - \log q(y_j)\\) for every component.
         reference_log_ratios (`torch.Tensor` of shape `(N,)`): \\(\log \pi_{ref}(y_j) - \log q(y_j)\\).
+        rows (`torch.LongTensor` of shape `(N,)`, *optional*):
+            Which rows of the table of the dual objective these are, where that has further prompts, whose completions are not
+            scored under the policies. Defaults to all of them.
     """
 
     prompt: torch.Tensor
     gains: torch.Tensor
     policy_log_ratios: torch.Tensor
     reference_log_ratios: torch.Tensor
+    rows: torch.Tensor | None = None
 
     def shares(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         r"""

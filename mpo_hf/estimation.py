@@ -73,6 +73,10 @@ class DualTable:
         values = segment_logsumexp(exponents, self.prompt, self.num_prompts)
         return values, (exponents - values[self.prompt]).exp_()
 
+    def part(self, rows: torch.Tensor, prompt: torch.Tensor) -> "DualTable":
+        """The table of some rows, all those of their prompts, which are numbered anew, from 0 on."""
+        return DualTable(prompt, self.offsets[rows], self.advantages[rows])
+
     def effective_sample_sizes(self, weights: torch.Tensor) -> torch.Tensor:
         """Effective sample size of every prompt, as a fraction of its completions, shape `(P,)`."""
         _, shares = self.by_prompt(weights.unsqueeze(0))
@@ -301,13 +305,13 @@ class Certificate:
             \\(\pi_{ref} \exp(\sum_k \lambda_k r_k/\beta)\\), normalised.
         reward_errors (`torch.Tensor` of shape `(K,)`, *optional*): their standard errors.
         mixture_rewards (`torch.Tensor` of shape `(K,)`, *optional*):
-            Expected reward of every objective under the sequence-level mixture of the policies at hand. The same as
-            `rewards` as far as every policy is optimal for its reward.
+            Expected reward of every objective under the sequence-level mixture of the policies at hand, on the prompts whose
+            completions are scored under these. The same as `rewards` as far as every policy is optimal for its reward.
         mixture_reward_errors (`torch.Tensor` of shape `(K,)`, *optional*): their standard errors.
         shortfall (`float`, *optional*):
             How far the welfare of that mixture, its divergence from the reference paid, is below what any policy at all
             could have, in nats (β times it is in units of the rewards). By weak duality no policy reaches more than the
-            minimum of F; 0 for policies that are optimal for their rewards, at the best weights.
+            minimum of F; 0 for policies that are optimal for their rewards, at the best weights. Of the same prompts.
         shortfall_error (`float`, *optional*): its standard error.
         of_mixture (`bool`, *optional*, defaults to `False`):
             Whether the duality gap is that shortfall, as for weights fitted to what the mixture reaches
@@ -365,7 +369,8 @@ def certify(
         seed (`int`, *optional*, defaults to 0): seed of the replicates.
         welfare ([`~mpo_hf.welfare.Welfare`], *optional*): the welfare function. Defaults to the max-min.
         mixture ([`~mpo_hf.achieved.MixtureTable`], *optional*):
-            The same completions for mixtures of the policies at hand, from which `mixture_rewards` and `shortfall` follow.
+            The same completions for mixtures of the policies at hand, from which `mixture_rewards` and `shortfall` follow; or
+            those of some of the prompts, which are then compared with the minimum of F̂ on the same prompts.
         mixture_weights (`torch.Tensor` of shape `(M,)`, *optional*):
             Weights of its components. Defaults to `weights`.
 
@@ -402,6 +407,9 @@ def certify(
         certificate.rewards, certificate.reward_errors = _mean_rewards(table.prompt, shares, rewards, found.counts)
     if mixture is not None:
         mixture_weights = weights if mixture_weights is None else mixture_weights
+        if mixture.rows is not None:
+            rewards = rewards[mixture.rows] if rewards is not None else None
+            found = _bootstrap(table.part(mixture.rows, mixture.prompt), num_resamples, seed, welfare)
         _certify_mixture(certificate, mixture, mixture_weights, rewards, found, welfare)
     return certificate
 
@@ -414,7 +422,10 @@ def _certify_mixture(
     dual: "_Bootstrap",
     welfare: Welfare,
 ) -> None:
-    """Fills in what the mixture itself reaches, and how far below the minimum of the dual objective that is."""
+    """
+    Fills in what the mixture itself reaches, and how far below the minimum of the dual objective that is; everything of the
+    prompts of its table.
+    """
     shares, divergence = mixture.shares(weights)
     shares = shares.unsqueeze(-1)
     if rewards is not None:

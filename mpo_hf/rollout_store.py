@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet
 import torch
 from datasets import Dataset
@@ -37,6 +38,12 @@ COLUMNS = (
     "rewards",
     "step",
 )
+# also in a shard that knows none of them, so that all shards together are one dataset
+_TYPES = {
+    "policy_logps": pa.list_(pa.float64()),
+    "reference_logps": pa.float64(),
+    "rewards": pa.list_(pa.float64()),
+}
 
 
 class _Rows(Dataset):
@@ -129,7 +136,8 @@ class RolloutStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         if part == 0 and not (self.folder / INFO).is_file():
             write_whole(self.folder / INFO, lambda path: path.write_text(json.dumps(self.info, indent=2) + "\n"))
-        table = _Rows.from_dict(dict(columns)).data.table
+        typed = {name: pa.array(columns[name], of_type) for name, of_type in _TYPES.items() if name in columns}
+        table = _Rows.from_dict({**columns, **typed}).data.table
         write_whole(
             self.path(kind, step, part),
             lambda path: pyarrow.parquet.write_table(table, path, row_group_size=ROW_GROUP),

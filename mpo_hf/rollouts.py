@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -46,6 +46,11 @@ class Completions:
 
     def __len__(self) -> int:
         return len(self.completion_ids)
+
+    def select(self, rows: Sequence[int]) -> "Completions":
+        """Some of the completions."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Completions(**{name: column if column is None else column[rows] for name, column in columns.items()})
 
     def id_lists(self) -> list[list[int]]:
         """Token ids of every completion, without padding."""

@@ -295,6 +295,26 @@ def test_shortfall_is_what_the_best_policy_of_all_would_gain(seed):
     torch.testing.assert_close(certificate.mixture_rewards, certificate.rewards)
 
 
+def test_what_mixtures_reach_is_certified_on_some_prompts_as_on_these_alone():
+    beta, generator = 0.2, torch.Generator().manual_seed(0)
+    enumeration, rewards = population(1, beta)
+    sample = Sample(enumeration, rewards, torch.arange(36), [enumeration.reference], 16, generator)
+    table = sample.table(beta)
+    ratios = torch.randn(sample.rewards.shape, generator=generator, dtype=torch.float64)
+    scored = (sample.prompt % 3 == 1).nonzero().squeeze(-1)
+    _, renumbered = sample.prompt[scored].unique(return_inverse=True)
+    columns = (renumbered, table.advantages[scored], ratios[scored], torch.zeros(len(scored)).double())
+    weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    found = certify(table, weights, sample.rewards, mixture=MixtureTable(*columns, rows=scored))
+    those = table.part(scored, renumbered)
+    alone = certify(those, weights, sample.rewards[scored], mixture=MixtureTable(*columns))
+    whole = certify(table, weights, sample.rewards)
+    for name, value in vars(found).items():
+        expected = getattr(alone if name.startswith(("mixture", "shortfall")) else whole, name)
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(expected)), name
+    assert found.shortfall_error > 0 and len(found.mixture_rewards) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("beta, tolerance, num_completions", [(0.2, 0.01, 16), (0.1, 0.01, 64)])
 def test_ending_at_a_tolerance_is_rarely_too_early(beta, tolerance, num_completions):

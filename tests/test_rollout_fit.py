@@ -15,13 +15,14 @@ from datasets import Dataset, load_dataset
 from test_fit_exactness import FAR, fit
 from test_trainer import Interrupt, count_b, count_c, folders, make_args, make_trainer  # noqa: F401
 from toy import PROMPTS, sequence_logps, toy_tokenizer
-from transformers import AutoModelForCausalLM, QuantoConfig
+from transformers import AutoModelForCausalLM, HfArgumentParser, QuantoConfig
 
-from mpo_hf import MixturePolicyModel, MPOTrainer
+from mpo_hf import MixturePolicyModel, MPOConfig, MPOTrainer
 from mpo_hf.estimation import DualTable, certify, minimize_dual
 from mpo_hf.rewards import RewardError
 from mpo_hf.rollout_store import write_whole
 from mpo_hf.trainer import rollout_fit
+from mpo_hf.trainer.goal import Goal
 
 
 LABELS = ["a", "b"]
@@ -200,6 +201,123 @@ def test_without_scores_of_the_policies_the_weights_are_the_same(trainer, folder
     later = refit(folders, tmp_path / "fast" / "_rollouts", tmp_path, objective="achieved", proposal="reference")
     later.train()
     assert later.certificate.of_mixture and later.certificate.mixture_rewards is not None
+
+
+MANY = Dataset.from_dict({"prompt": [f"{a} {b}" for a in "abcd" for b in "abcd"]})
+
+
+def scored_by_prompt(store):
+    """For every prompt, which of its completions have log-probabilities under the policies."""
+    found = {}
+    rows = store.read(("prompt", "policy_logps"))
+    for prompt, logps in zip(rows["prompt"], rows["policy_logps"]):
+        found.setdefault(prompt, []).append(logps is not None)
+    return found
+
+
+def test_a_share_of_the_prompts_is_scored_under_the_policies(trainer, tmp_path):
+    options = {"seed": 3, "dataset": MANY, "max_steps": 16, "tolerance": 0}
+    whole = trainer("whole", **options)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer("part", score_policies=0.5, callbacks=[Interrupt(9)], **options).train()
+    run = trainer("part", score_policies=0.5, **options)
+    run.train(resume_from_checkpoint=True)
+    scored = scored_by_prompt(run.rollouts.store)
+    assert set(map(len, scored.values())) == {8}  # every prompt was visited twice
+    for prompt, rows in scored.items():
+        assert set(rows) == {int(rollout_fit.prompt_key({"prompt": prompt}), 16) < 0.5 * 16**16}
+    assert len(scored) == 16 and 2 <= sum(map(all, scored.values())) < 16
+    assert torch.equal(run.weights, whole.weights)
+    for name in ("duality_gap_bound", "effective_sample_size"):
+        assert getattr(run.certificate, name) == getattr(whole.certificate, name)
+    covered = torch.tensor([all(scored[prompt]) for prompt in run.rollouts.store.read(("prompt",))["prompt"]])
+    table = run.rollouts.estimate.mixture
+    assert torch.equal(table.rows, covered.nonzero().squeeze(-1))
+    shares, _ = table.shares(run.weights.detach())
+    rewards = run.rollouts.rewards[covered]
+    means = [shares[of] @ rewards[of] for of in (table.prompt == prompt for prompt in table.prompt.unique())]
+    torch.testing.assert_close(run.certificate.mixture_rewards, torch.stack(means).mean(0))
+    logged = [entry for entry in run.state.log_history if "loss" in entry][-1]
+    assert logged["mixture_rewards/a"] == pytest.approx(run.certificate.mixture_rewards[0].item())
+    # shards in which nothing is scored are part of one dataset with the others
+    files = str(tmp_path / "part/_rollouts/rollouts-*.parquet")
+    assert len(load_dataset("parquet", data_files=files, split="train")) == 16 * 8
+
+
+def test_a_later_fit_scores_what_is_not_scored_yet(trainer, folders, tmp_path, monkeypatch):  # noqa: F811
+    options = {"seed": 3, "dataset": MANY, "max_steps": 8, "tolerance": 0}
+    whole = trainer("whole", **options)
+    whole.train()
+    part = trainer("part", score_policies=0.5, **options)
+    part.train()
+    store, counts = tmp_path / "part" / "_rollouts", []
+    policy_logps = MPOTrainer.policy_logps
+    monkeypatch.setattr(MPOTrainer, "reference_logps", never)
+    with monkeypatch.context() as patch:
+        patch.setattr(MPOTrainer, "policy_logps", never)
+        same = refit(folders, store, tmp_path, "same", score_policies=0.5)
+        same.train()
+    assert torch.equal(same.certificate.mixture_rewards, part.certificate.mixture_rewards)
+    assert same.rollouts.numbers == part.rollouts.numbers
+    monkeypatch.setattr(
+        MPOTrainer, "policy_logps", lambda self, part: counts.append(len(part)) or policy_logps(self, part)
+    )
+    later = refit(folders, store, tmp_path, "later")
+    later.train()
+    found, before = (run.rollouts.numbers["policy_logps"] for run in (later, part))
+    known = ~torch.from_numpy(before).isnan().any(-1)
+    assert 0 < known.sum() < len(known) and sum(counts) == (~known).sum()
+    assert (found[known] == before[known]).all()
+    # float32 in batches of other sizes
+    for one, other in [
+        (torch.from_numpy(found), torch.from_numpy(whole.rollouts.numbers["policy_logps"])),
+        (later.certificate.mixture_rewards, whole.certificate.mixture_rewards),
+    ]:
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+    achieved = refit(folders, store, tmp_path, "achieved", objective="achieved", score_policies=0)
+    achieved.train()
+    assert achieved.rollouts.estimate.mixture.rows is None and achieved.certificate.of_mixture
+
+
+@pytest.mark.parametrize("scored, expected", [({0, 2, 3}, [0, 1, 4, 5, 6, 7]), ({2}, None), (set(), None)])
+def test_only_prompts_that_are_scored_wholly_tell_what_a_mixture_reaches(tmp_path, scored, expected):
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.arange(4).repeat_interleave(2)
+    policy_logps, rewards = torch.randn(2, 8, 2, generator=generator, dtype=torch.float64)
+    for x in set(range(4)) - scored:
+        policy_logps[2 * x] = torch.nan  # the other completion of the prompt is scored
+    zeros = torch.zeros(8, dtype=torch.float64)
+    goal = Goal(make_args(tmp_path, estimator="mis"), LABELS)
+    estimate = goal.estimate(prompt, zeros, policy_logps, zeros, rewards)
+    certificate = estimate.certify(torch.tensor([0.4, 0.6]), torch.tensor([0.4, 0.6]).double(), rewards)
+    if expected is None:
+        assert estimate.mixture is None and certificate.mixture_rewards is None and certificate.shortfall is None
+        return
+    assert estimate.mixture.rows.tolist() == expected and estimate.mixture.prompt.tolist() == [0, 0, 1, 1, 2, 2]
+    columns = (column[expected] for column in (zeros, policy_logps, zeros, rewards))
+    alone = goal.estimate(estimate.mixture.prompt, *columns)
+    alone = alone.certify(certificate.weights, certificate.weights, rewards[expected])
+    for name in ("mixture_rewards", "mixture_reward_errors", "shortfall", "shortfall_error"):
+        assert torch.equal(*(torch.as_tensor(getattr(c, name)) for c in (certificate, alone))), name
+    goal = Goal(make_args(tmp_path, estimator="mis", objective="achieved"), LABELS)
+    with pytest.raises(ValueError, match="those of 1 of 8 are not numbers"):
+        goal.estimate(prompt, zeros, policy_logps, zeros, rewards)
+
+
+def test_shares_begin_with_no_prompt_and_end_with_all():
+    keys = [rollout_fit.prompt_key({"prompt": str(i)}) for i in range(1000)] + ["0" * 16, "f" * 16]
+    parts = [{key for key in keys if rollout_fit.in_share(key, share)} for share in (0.0, 0.25, 0.5, 1.0)]
+    assert not parts[0] and parts[1] < parts[2] < parts[3] == set(keys)
+    assert [len(part) / 1000 for part in parts[1:3]] == pytest.approx([0.25, 0.5], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "words, share", [([], 1.0), (["--score_policies", "0.25"], 0.25), (["--score_policies", "0"], 0.0)]
+)
+def test_the_share_is_a_number_on_the_command_line(tmp_path, words, share):
+    (args,) = HfArgumentParser(MPOConfig).parse_args_into_dataclasses(["--output_dir", str(tmp_path), *words])
+    assert args.score_policies == share
 
 
 # ---- fitting what is kept ----
@@ -526,6 +644,7 @@ def test_rollouts_that_cannot_be_used_are_refused(folders, tmp_path):  # noqa: F
         ({"tolerance": 0.1}, "does not know how far"),
         ({"estimator": "mis", "confidence": 1.0}, "`confidence` must be between"),
         ({"estimator": "mis", "num_resamples": 0}, "`num_resamples` must be at least 1"),
+        *(({"score_policies": bad}, "`score_policies` must be a share") for bad in (1.5, -0.1, float("nan"), "half")),
     ],
 )
 def test_bad_options_are_refused(tmp_path, kwargs, message):

@@ -26,11 +26,13 @@ from pathlib import Path
 
 import torch
 from common import describe_machine, quartiles, show, table
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from mpo_hf import MixturePolicyModel, MPOConfig, MPOTrainer
 from mpo_hf.rollouts import pad_ids, tokenize_prompts
+from mpo_hf.trainer.rollout_fit import in_share, prompt_key
 
 
 HERE = Path(__file__).resolve().parent
@@ -41,13 +43,15 @@ from rewards import REWARD_FUNCS  # noqa: E402
 from smollm2 import base_spec, load_tokenizer  # noqa: E402
 
 
-# by proposal, estimator, and whether completions are scored under policies that the estimate does not need
+SHARE = 0.25
+# by proposal, estimator, and the share of the prompts whose completions are scored under policies that the estimate does not need
 KINDS = [
-    ("reference", "bsmd", True),
-    ("reference", "mis", False),
-    ("reference", "mis", True),
-    ("mixture", "bsmd", True),
-    ("mixture", "mis", True),
+    ("reference", "bsmd", 1.0),
+    ("reference", "mis", 0.0),
+    ("reference", "mis", SHARE),
+    ("reference", "mis", 1.0),
+    ("mixture", "bsmd", 1.0),
+    ("mixture", "mis", 1.0),
 ]
 PARTS = ["generation", "policies' scoring", "reference's scoring", "rewards", "weights", "writing"]
 
@@ -67,6 +71,16 @@ def parse_args() -> argparse.Namespace:
         "--cpu_time", action="store_true", help="count the CPU time of the process, for machines that have other work"
     )
     return parser.parse_args()
+
+
+def choose_prompts(count: int) -> Dataset:
+    """Prompts of which `SHARE` are among the share that is scored: of a few drawn at random that may be none."""
+    prompts = load_prompts("train").shuffle(seed=0)
+    rows: dict[bool, list[int]] = {True: [], False: []}
+    for row, example in enumerate(prompts):
+        rows[in_share(prompt_key(example), SHARE)].append(row)
+    num_scored = round(SHARE * count)
+    return prompts.select(sorted(rows[True][:num_scored] + rows[False][: count - num_scored]))
 
 
 def generate(
@@ -89,7 +103,7 @@ def generate(
 
 
 def make_trainer(
-    model: MixturePolicyModel, tokenizer: PreTrainedTokenizerBase, kind: tuple[str, str, bool], folder: str, args
+    model: MixturePolicyModel, tokenizer: PreTrainedTokenizerBase, kind: tuple[str, str, float], folder: str, args
 ) -> MPOTrainer:
     model.mixture_weights = [1 / len(OBJECTIVES)] * len(OBJECTIVES)
     return MPOTrainer(
@@ -114,7 +128,7 @@ def make_trainer(
             disable_tqdm=True,
             report_to="none",
         ),
-        train_dataset=load_prompts("train").shuffle(seed=0).select(range(args.prompts)),
+        train_dataset=choose_prompts(args.prompts),
         processing_class=tokenizer,
     )
 
@@ -165,9 +179,9 @@ def main() -> None:
     spec = base_spec()
     base = AutoModelForCausalLM.from_pretrained(spec.pop("name_or_path"), **spec, dtype="float32").eval()
     tokenizer, model = load_tokenizer(), open_policies()
-    prompts = load_prompts("train").shuffle(seed=0)["prompt"][: args.prompts]
+    prompts = choose_prompts(args.prompts)["prompt"]
     bare: list[float] = []
-    fits: dict[tuple[str, str, bool], list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    fits: dict[tuple[str, str, float], list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for repetition in range(args.repetitions + 1):  # the first one is not counted
         set_seed(repetition)
         start = clock()
@@ -184,18 +198,18 @@ def main() -> None:
     print_table(args, bare[1:], {kind: ratios[1:] for kind, ratios in fits.items()})
 
 
-def print_table(args: argparse.Namespace, bare: list[float], fits: dict[tuple[str, str, bool], list[dict]]) -> None:
+def print_table(args: argparse.Namespace, bare: list[float], fits: dict[tuple[str, str, float], list[dict]]) -> None:
     print(
         f"{args.prompts} prompts x {args.num_generations} completions of up to {args.max_completion_length} tokens, "
         f"{args.batch_size} at a time; {describe_machine()}. Bare generation takes {statistics.median(bare):.1f} s; all else in "
         "multiples of it:\n"
     )
     rows = []
-    for (proposal, estimator, scores_policies), ratios in fits.items():
+    for (proposal, estimator, share), ratios in fits.items():
         parts = [statistics.median(ratio[part] for ratio in ratios) for part in PARTS]
         rest = statistics.median(ratio["all"] - sum(ratio[part] for part in PARTS) for ratio in ratios)
         fit = show(quartiles([ratio["all"] for ratio in ratios]))
-        estimator += "" if scores_policies else ", score_policies=False"
+        estimator += "" if share == 1 else f", score_policies={share:g}"
         rows.append([proposal, estimator, fit, *(f"{part:.2f}" for part in [*parts, rest])])
     print(table(["proposal", "estimator", "fit", *PARTS, "rest"], rows))
 

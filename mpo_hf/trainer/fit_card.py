@@ -46,8 +46,8 @@ def measured_rewards(
         rewards["the mixture, estimated"] = dict(zip(objectives, zip(means, errors)))
         note = note.replace(" What the mixture\nitself reaches was not measured here.", "")
         note += (
-            "\nWhat the mixture itself reaches is estimated from all completions by their importance weights, for whole\n"
-            "completions drawn from it; ± is the standard error over the prompts."
+            "\nWhat the mixture itself reaches is estimated from the completions that were scored under its policies, by their\n"
+            "importance weights, for whole completions drawn from it; ± is the standard error over the prompts."
         )
     note = note.replace("the mixture as it was at each step", "the mixture at weights of earlier steps")
     if math.isfinite(certificate.duality_gap_bound):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ..achieved import MixtureTable
-from ..estimation import implicit_table, reward_table
+from ..estimation import DualTable, implicit_table, reward_table
 from ..modeling_mixture import MixturePolicyModel
 from ..reward_scales import RewardScale, reference_moments
 from ..welfare import AlphaFair, Constrained, CVaR, MaxMin, WeightedSum, Welfare
@@ -103,12 +103,14 @@ class Goal:
         sets_scale: bool = True,
     ) -> Estimate:
         r"""
-        The estimate that the weights minimise. With `policy_logps` it knows what the mixture itself reaches.
+        The estimate that the weights minimise. With `policy_logps` it knows what the mixture itself reaches, on the prompts
+        all of whose completions have some.
 
         Args:
             prompt (`torch.LongTensor` of shape `(N,)`): which prompt every row belongs to.
             proposal_logps (`torch.Tensor` of shape `(N,)`): \\(\log q(y_j)\\) of all proposals together.
-            policy_logps (`torch.Tensor` of shape `(N, K)`, *optional*): needed for the implicit objective.
+            policy_logps (`torch.Tensor` of shape `(N, K)`, *optional*):
+                Needed by objectives other than the reward, which also takes rows of NaN, where they are not known.
             reference_logps (`torch.Tensor` of shape `(N,)`, *optional*): needed for rewards.
             rewards (`torch.Tensor` of shape `(N, K)`, *optional*): needed for rewards.
             sets_scale (`bool`, *optional*, defaults to `True`):
@@ -124,8 +126,29 @@ class Goal:
         table = reward_table(prompt, gains, reference_logps, proposal_logps, normalize=False)
         mixture = None
         if policy_logps is not None:
-            if self.leaves_simplex and policy_logps.shape[-1] == self.num_objectives:
-                policy_logps = torch.cat([policy_logps, reference_logps.unsqueeze(-1)], dim=-1)
-            mixture = MixtureTable(prompt, gains, policy_logps - proposal_logps.unsqueeze(-1), log_ratios)
+            mixture = self._mixture_table(table, policy_logps, reference_logps, proposal_logps)
         kind = AchievedEstimate if self.args.objective == "achieved" else DualEstimate
         return kind(table, mixture, self.welfare)
+
+    def _mixture_table(
+        self, table: DualTable, policy_logps: torch.Tensor, reference_logps: torch.Tensor, proposal_logps: torch.Tensor
+    ) -> MixtureTable | None:
+        """Of the prompts all of whose completions are scored; `None` where these are fewer than two of several."""
+        if self.leaves_simplex and policy_logps.shape[-1] == self.num_objectives:
+            policy_logps = torch.cat([policy_logps, reference_logps.unsqueeze(-1)], dim=-1)
+        ratios, reference_ratios = policy_logps - proposal_logps.unsqueeze(-1), reference_logps - proposal_logps
+        missing = policy_logps.isnan().any(-1)
+        if not missing.any():
+            return MixtureTable(table.prompt, table.advantages, ratios, reference_ratios)
+        if self.args.objective == "achieved":
+            raise ValueError(
+                '`objective="achieved"` needs log-probabilities of all completions under the policies, and those of '
+                f"{int(missing.sum())} of {len(missing)} are not numbers."
+            )
+        is_whole = torch.ones(table.num_prompts, dtype=torch.bool)
+        is_whole[table.prompt[missing]] = False
+        if is_whole.sum() < 2:
+            return None
+        rows = is_whole[table.prompt].nonzero().squeeze(-1)
+        prompt = is_whole.cumsum(0)[table.prompt[rows]] - 1
+        return MixtureTable(prompt, table.advantages[rows], ratios[rows], reference_ratios[rows], rows)

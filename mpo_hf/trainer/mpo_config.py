@@ -100,10 +100,13 @@ class MPOConfig(TrainingArguments):
             Longest completion, in tokens.
         logps_batch_size (`int`, *optional*, defaults to 8):
             Completions a forward pass when log-probabilities are computed.
-        score_policies (`bool`, *optional*, defaults to `True`):
-            With `estimator="mis"`, whether completions of the reference are scored under every policy although the estimate
-            does not need it. Without, there are no `mixture_rewards` and no `shortfall` in the certificate, and a later fit by
-            another objective has to score them; a fit then takes about as long as generating its completions.
+        score_policies (`float` or `bool`, *optional*, defaults to 1.0):
+            With `estimator="mis"`, the share of the prompts whose completions are scored under every policy although the
+            estimate does not need it, as with completions of the reference. The weights and the bound of the duality gap do
+            not depend on it. `mixture_rewards` and `shortfall` in the certificate are of these prompts alone: with a share of
+            0.25 their standard errors are about twice as large, and with fewer than two such prompts there are none. Whether a
+            prompt is among them depends on its content only, as if by a draw: of a few prompts it may be none. A later fit
+            scores what it needs. 0 (`False`) for no prompt: a fit then takes about as long as generating its completions.
         chat_template_kwargs (`dict`, *optional*):
             Further arguments for the chat template of conversational prompts.
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
@@ -193,10 +196,11 @@ class MPOConfig(TrainingArguments):
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
     max_completion_length: int = field(default=256, metadata={"help": "Longest completion, in tokens."})
     logps_batch_size: int = field(default=8, metadata={"help": "Completions a forward pass when scoring."})
-    score_policies: bool = field(
-        default=True,
+    score_policies: float = field(
+        default=1.0,
         metadata={
-            "help": "With 'mis': score completions under every policy also where the estimate does not need it."
+            "help": "With 'mis': share of the prompts, 0 to 1, whose completions are scored under every policy also where the "
+            "estimate does not need it."
         },
     )
     chat_template_kwargs: dict[str, Any] | None = field(
@@ -245,6 +249,11 @@ class MPOConfig(TrainingArguments):
             raise ValueError(f"`tolerance` must be at least 0, got {self.tolerance}.")
         if not 0 < self.confidence < 1:
             raise ValueError(f"`confidence` must be between 0 and 1, got {self.confidence}.")
+        if not isinstance(self.score_policies, int | float) or not 0 <= self.score_policies <= 1:
+            raise ValueError(
+                f"`score_policies` must be a share of the prompts, from 0 (none) to 1 (all), got {self.score_policies!r}."
+            )
+        self.score_policies = float(self.score_policies)
         for name in ("beta", "temperature", "step_scale"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)}.")

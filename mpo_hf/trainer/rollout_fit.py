@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -108,18 +108,18 @@ class RolloutFit:
             "prompt_key": [prompt_key(example) for example in examples],
             "rewards": [None] * len(completions) if rewards is None else rewards.tolist(),
         }
-        densities = _density_rows([], [], torch.empty(0, 0))
+        keys, densities = rows["prompt_key"], _density_rows([], [], torch.empty(0, 0))
         if not known:
-            mixtures = self._mixtures_of(rows["prompt_key"])
-            scores, pooled = self._score(completions, mixtures)
+            mixtures = self._mixtures_of(keys)
+            scores, pooled = self._score(completions, keys, mixtures)
             rows |= scores | {
                 "proposal": [list(self.proposal)] * len(completions),
                 "proposal_logps": completions.proposal_logps.tolist(),
             }
-            for found in (_density_rows(rows["id"], mixtures, pooled), self._densities_of_earlier(rows["prompt_key"])):
+            for found in (_density_rows(rows["id"], mixtures, pooled), self._densities_of_earlier(keys)):
                 densities = {name: densities[name] + found[name] for name in densities}
         else:
-            rows = self._complete(completions, known) | rows  # rewards that were measured anew count
+            rows = self._complete(completions, keys, known) | rows  # rewards that were measured anew count
         self._write(step, part, examples, completions, rows, densities)
         self._share(rows, densities)
 
@@ -130,24 +130,36 @@ class RolloutFit:
         self._step = step
         return step, self._micro_batch * accelerator.num_processes + accelerator.process_index
 
-    def _score(self, completions: Completions, mixtures: Sequence[Proposal]) -> tuple[dict[str, list], torch.Tensor]:
-        """
-        Log-probabilities under the policies and the reference, where sampling has not told them and somebody wants them, and
-        under mixtures.
-        """
-        trainer = self.trainer
-        scores = {name: [None] * len(completions) for name in ("policy_logps", "reference_logps")}
+    def _score(
+        self, completions: Completions, keys: Sequence[str], mixtures: Sequence[Proposal]
+    ) -> tuple[dict[str, list], torch.Tensor]:
+        """Log-probabilities under the policies and the reference, and under mixtures."""
         pooled = torch.empty(len(completions), 0)
         if mixtures:
             policy_logps, pooled = self._mixture_logps(completions, mixtures)
             if completions.policy_logps is None:
                 completions.policy_logps = policy_logps
-        if trainer.args.score_policies or trainer.args.objective != "reward" or completions.policy_logps is not None:
-            policy_logps = trainer.policy_logps(completions)
-            scores["policy_logps"] = policy_logps[:, : trainer.goal.num_objectives].tolist()
+        return self._single_logps(completions, keys, {}), pooled
+
+    def _single_logps(self, completions: Completions, keys: Sequence[str], known: dict[str, list]) -> dict[str, list]:
+        """
+        Log-probabilities under the policies and the reference: what is known, what sampling has told, what somebody wants,
+        and `None` for the rest.
+        """
+        trainer, count = self.trainer, len(completions)
+        policy_logps = list(known.get("policy_logps", [None] * count))
+        reference_logps = list(known.get("reference_logps", [None] * count))
+        share = trainer.args.score_policies
+        if completions.policy_logps is not None or trainer.args.objective != "reward":
+            share = 1.0
+        rows = [i for i, value in enumerate(policy_logps) if value is None and in_share(keys[i], share)]
+        _fill(
+            policy_logps, rows, completions, lambda part: trainer.policy_logps(part)[:, : trainer.goal.num_objectives]
+        )
         if trainer.reference_policy is not None:
-            scores["reference_logps"] = trainer.reference_logps(completions).tolist()
-        return scores, pooled
+            rows = [i for i, value in enumerate(reference_logps) if value is None]
+            _fill(reference_logps, rows, completions, trainer.reference_logps)
+        return {"policy_logps": policy_logps, "reference_logps": reference_logps}
 
     def _mixture_logps(
         self, completions: Completions, mixtures: Sequence[Proposal]
@@ -155,13 +167,10 @@ class RolloutFit:
         args = self.trainer.args
         return self.trainer.policy_scorer.mixture_logps(completions, mixtures, args.temperature, args.logps_batch_size)
 
-    def _complete(self, completions: Completions, known: dict[str, list]) -> dict[str, list]:
+    def _complete(self, completions: Completions, keys: Sequence[str], known: dict[str, list]) -> dict[str, list]:
         """Columns of completions that were drawn elsewhere: what is known, and what is computed."""
         rows = {name: values for name, values in known.items() if name in COLUMNS}
-        missing = [name for name in ("policy_logps", "reference_logps") if None in rows.get(name, [None])]
-        if missing:
-            scores, _ = self._score(completions, [])
-            rows |= {name: scores[name] for name in missing}
+        rows |= self._single_logps(completions, keys, known)
         if None in rows.get("proposal_logps", [None]):  # they are said to be from the reference
             rows["proposal_logps"] = rows["reference_logps"]
         rows["proposal"] = [weights or [] for weights in rows.get("proposal", [None] * len(completions))]
@@ -224,7 +233,12 @@ class RolloutFit:
         rows = len(self.numbers) if rows is None else rows
         names = ("policy_logps", "reference_logps", "rewards")
         known = {name: torch.from_numpy(self.numbers[name][:rows]) for name in names}
-        known = {name: values for name, values in known.items() if values.numel() and not values.isnan().any()}
+        # of policies those of some prompts will do
+        known = {
+            name: values
+            for name, values in known.items()
+            if values.numel() and (name == "policy_logps" or not values.isnan().any())
+        }
         prompt = torch.from_numpy(self.numbers["prompt"][:rows]).long()
         densities = torch.from_numpy(self.numbers.log_densities(rows, self.trainer.args.temperature == 1))
         return self.trainer.goal.estimate(prompt, densities, **known)
@@ -293,6 +307,21 @@ def prompt_key(example: dict[str, Any]) -> str:
     """Equal for equal prompts with equal further columns, in every process and run."""
     content = {name: value for name, value in example.items() if name not in COLUMNS}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def in_share(key: str, share: float) -> bool:
+    """Whether a prompt is among a share of all, by its key: the same in every process and run."""
+    return int(key, 16) < share * 16 ** len(key)
+
+
+def _fill(
+    values: list, rows: list[int], completions: Completions, score: Callable[[Completions], torch.Tensor]
+) -> None:
+    """Scores some rows of completions, and puts in what comes out."""
+    if rows:
+        part = completions if len(rows) == len(completions) else completions.select(rows)
+        for row, value in zip(rows, score(part).tolist()):
+            values[row] = value
 
 
 def _density_rows(ids: Sequence[int], proposals: Sequence[Proposal], logps: torch.Tensor) -> dict[str, list]:
