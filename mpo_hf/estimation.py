@@ -12,6 +12,7 @@ It is convex, so that its minimum over the simplex is found to any precision wit
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -392,13 +393,14 @@ def certify(
     gaps = found.counts @ by_prompt[:, 0] - found.minima
     active = (found.minimizers > 1e-6).double().mean(0)
     widened = _small_sample_factor(num_prompts, max(1, int(active.gt(0.5).sum()) - 1), confidence)
+    gap_bound = gaps.quantile(confidence).clamp(min=0).item()
     value = by_prompt.mean().item()
     certificate = Certificate(
         weights=weights,
         standard_errors=found.minimizers.std(0),
         dual_objective=value,
         duality_gap=max(0.0, value - found.minimum.item()),
-        duality_gap_bound=gaps.quantile(confidence).clamp(min=0).item() * widened,
+        duality_gap_bound=gap_bound * widened if math.isfinite(widened) else math.inf,
         confidence=confidence,
         active=active,
         effective_sample_size=effective_fractions(table.prompt, shares[:, 0]).mean().item(),

@@ -260,6 +260,15 @@ def test_one_prompt_certifies_nothing():
         certify(table, torch.tensor([0.5, 0.5]))
 
 
+def test_two_prompts_that_agree_bound_nothing():
+    """At a vertex that is best for both the replicates have no gap at all."""
+    advantages = torch.tensor([[0.0, 1.0]], dtype=torch.float64).expand(4, -1)
+    table = DualTable(torch.tensor([0, 0, 1, 1]), torch.full((4,), 0.5).double().log(), advantages)
+    certificate = certify(table)
+    assert certificate.weights.tolist() == [1, 0] and certificate.duality_gap == 0
+    assert certificate.duality_gap_bound == math.inf
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_shortfall_is_what_the_best_policy_of_all_would_gain(seed):
     """Against the enumeration: the welfare of a mixture of policies that are not optimal, and that of the best policy."""
