@@ -9,6 +9,7 @@ import gguf
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
@@ -75,6 +76,21 @@ def tiny(architecture: str, seed: int, **changes) -> PreTrainedModel:
         own = {"sliding_window": WINDOW, "head_dim": 8, "num_hidden_layers": 3, "layer_types": layers}
         model = Gemma3ForCausalLM(Gemma3TextConfig(**{**sizes, **own, **changes}))
     return model.eval()
+
+
+class RoutedLayer(nn.Module):
+    """Two experts, each of which sees the tokens that are routed to it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(config.hidden_size, config.hidden_size) for _ in range(2))
+
+    def forward(self, hidden_states):
+        output = torch.zeros_like(hidden_states)
+        chosen = (hidden_states.sum(-1) > 0).long()
+        for i, expert in enumerate(self.experts):
+            output[chosen == i] = expert(hidden_states[chosen == i])
+        return output
 
 
 def save_tiny(folder: Path, architecture: str, seed: int, **changes) -> str:

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers import BOS, PAD, VOCAB, left_pad, load_lora, save_lora, save_tiny, tiny
+from helpers import BOS, PAD, VOCAB, RoutedLayer, left_pad, load_lora, save_lora, save_tiny, tiny
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
@@ -208,21 +208,6 @@ def test_adapters_other_than_lora_run_one_after_another(tmp_path):
     assert mixture.stacked_components == []
     expected = sum(model(IDS).logits.log_softmax(-1) / 2 for model in alone(base, *adapters)[1:])
     torch.testing.assert_close(mixture(IDS).logits, expected, **CLOSE)
-
-
-class RoutedLayer(nn.Module):
-    """Two experts, each of which sees the tokens that are routed to it."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(config.hidden_size, config.hidden_size) for _ in range(2))
-
-    def forward(self, hidden_states):
-        output = torch.zeros_like(hidden_states)
-        chosen = (hidden_states.sum(-1) > 0).long()
-        for i, expert in enumerate(self.experts):
-            output[chosen == i] = expert(hidden_states[chosen == i])
-        return output
 
 
 def test_adapters_on_routed_experts_run_one_after_another(caplog):

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from helpers import BOS, PAD, left_pad, save_lora, tiny
+from helpers import BOS, PAD, RoutedLayer, left_pad, save_lora, tiny
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -226,25 +226,10 @@ def other_positions():
     return models
 
 
-class Router(nn.Module):
-    """Two experts, each of which sees the tokens that are routed to it."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(config.hidden_size, config.hidden_size) for _ in range(2))
-
-    def forward(self, hidden_states):
-        output = torch.zeros_like(hidden_states)
-        chosen = (hidden_states.sum(-1) > 0).long()
-        for i, expert in enumerate(self.experts):
-            output[chosen == i] = expert(hidden_states[chosen == i])
-        return output
-
-
 def routed():
     models = three()
     for model in models:
-        model.model.layers[0].mlp = Router(model.config)
+        model.model.layers[0].mlp = RoutedLayer(model.config)
     return models
 
 
