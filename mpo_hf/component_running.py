@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from .compat import activate_adapter, recomputes_layers
 from .component_loading import PolicyHandle, forward_parameters
 from .mixture_cache import bind_cache, component_views
-from .stacked_cache import StackedCacheView, can_stack, join_static_layers
+from .stacked_cache import can_stack, join_static_layers, stack_views
 from .stacked_lora import AdapterStacks
 from .stacked_models import ModelStacks
 from .stacked_rows import can_run_stacked, repeat_rows
@@ -171,7 +171,7 @@ class ComponentRunningMixin:
             }
         inputs = _accepted_inputs(stack, inputs)
         if views:
-            inputs["past_key_values"] = StackedCacheView([views[k] for k in members])
+            inputs["past_key_values"] = stack_views([views[k] for k in members])
         logits = self._common_logits(stack(**repeat_rows(inputs, len(members)), return_dict=True).logits, inputs, keep)
         return dict(zip(members, logits.chunk(len(members))))
 

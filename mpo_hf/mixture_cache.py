@@ -34,6 +34,23 @@ class ComponentCacheView(Cache):
         return self.parent.update(key_states, value_states, layer_idx + self.start, *args, **kwargs)
 
 
+class StepCache(Cache):
+    """
+    The cache of a mixture for one call, with views that were made outside of compiled code, which would have to look at
+    every layer at every step to be sure of what they say.
+
+    Args:
+        cache (`Cache`): the cache of the mixture.
+        views (`dict[int, ComponentCacheView]`): the views of its components.
+    """
+
+    def __init__(self, cache: Cache, views: dict[int, ComponentCacheView]):
+        super().__init__(layers=cache.layers)
+        self.cache = cache
+        self.views = views
+        self.mixture_components = cache.mixture_components
+
+
 def check_cache(cache: Cache) -> None:
     """
     Refuses what cannot hold the keys and values of a mixture.
@@ -109,7 +126,7 @@ def bind_cache(cache: Cache, active: Sequence[int], layer_counts: Sequence[int])
     if bound is None:
         if not is_torchdynamo_compiling():
             check_cache(cache)
-        bound = tuple(active)
+        bound, cache.mixture_layer_counts = tuple(active), tuple(layer_counts)
         if len(cache.layers) == sum(layer_counts):
             starts = [sum(layer_counts[:k]) for k in bound]
             cache.layers = [
@@ -135,6 +152,8 @@ def component_views(
     cache: Cache, components: Sequence[int], layer_counts: Sequence[int]
 ) -> dict[int, ComponentCacheView]:
     """A view of every component's layers in a cache that holds the layers of `components`, one after another."""
+    if isinstance(cache, StepCache):
+        return cache.views
     views, start = {}, 0
     for k in components:
         views[k] = ComponentCacheView(cache, start, start + layer_counts[k])

@@ -10,7 +10,8 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
 from .configuration_mixture import check_mixture_weights, prune_mixture_weights
-from .mixture_cache import check_cache, check_room
+from .mixture_cache import bind_cache, check_cache, check_room
+from .stacked_cache import prepare_step
 
 
 # Options of a generation config that need something a mixture has not, and what to do instead.
@@ -172,6 +173,7 @@ class MixtureGenerationMixin(GenerationMixin):
         cache = inputs.get("past_key_values")
         if cache is not None and cache.is_compileable:
             inputs["mixture_weights"] = self._weights_for_compiled_code(inputs, is_first_iteration)
+            inputs["past_key_values"] = prepare_step(cache)
         return inputs
 
     def _weights_for_compiled_code(self, inputs: dict[str, Any], is_first_iteration: bool | None) -> torch.Tensor:
@@ -180,11 +182,13 @@ class MixtureGenerationMixin(GenerationMixin):
         again for every number. Which components run it reads from the cache, and its stacks are made here.
         """
         weights, cache, rows = inputs.get("mixture_weights"), inputs["past_key_values"], len(inputs["input_ids"])
-        if is_first_iteration or weights is None:  # the model's own may be assigned at any time
+        if is_first_iteration or not hasattr(cache, "mixture_components"):
             _, active = self._weights_for(weights, rows)
             active, views = self._views(cache, active)
             if is_first_iteration and cache.is_initialized:  # chunks of a prompt may be compiled too
                 self._prepare_steps(active, views, rows)
+        elif weights is None:  # the model's own may be assigned at any time
+            bind_cache(cache, self._weights_for(None, rows)[1], cache.mixture_layer_counts)
         dtype = torch.promote_types(self.dtype, torch.float32)
         weights = torch.as_tensor(self.config.mixture_weights if weights is None else weights, dtype=dtype)
         return weights.to(self.device, non_blocking=True)

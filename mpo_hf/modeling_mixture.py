@@ -19,6 +19,7 @@ from .component_running import ComponentRunningMixin, execution_device
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig, check_mixture_weights
 from .hub import PUSH_ARGUMENTS, code_alongside, push_mixture
 from .mixture_building import build_mixture, open_mixture, read_mixture_config
+from .mixture_cache import StepCache
 from .mixture_generation import MixtureGenerationMixin
 from .pooled_head import PooledBackbone, PooledHead
 from .pooling import log_linear_pool, rule_out_implausible
@@ -287,6 +288,8 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
             if past_key_values is None:
                 past_key_values = DynamicCache(config=config)
             active, views = self._views(past_key_values, active)
+            if isinstance(past_key_values, StepCache):
+                past_key_values = past_key_values.cache
         loss_kwargs = {n: kwargs.pop(n) for n in ("num_items_in_batch", "shift_labels") if n in kwargs}
         inputs = {
             **self._inputs_for_all(input_ids, attention_mask, position_ids),

@@ -1,6 +1,6 @@
 """Keys and values of several components of one base, for one forward pass of all their rows."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from transformers.cache_utils import (
@@ -12,6 +12,8 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 from transformers.utils import is_torchdynamo_compiling
+
+from .mixture_cache import ComponentCacheView, StepCache, component_views
 
 
 # Layers whose whole state is keys, values and a length.
@@ -32,40 +34,178 @@ class StackedCacheView(Cache):
 
     def __init__(self, views: Sequence[Cache]):
         super().__init__(layers=views[0].layers)  # in length and masks the components do not differ
-        self.blocks = list(zip(*(view.layers for view in views), strict=True))
+        self.views = views
+        self.blocks = list(_side_by_side(views))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         layers = self.blocks[layer_idx]
         count = len(layers)
+        is_prompt = key_states.shape[-2] > 1 or not layers[0].is_initialized
         for layer, *states in zip(layers, key_states.chunk(count), value_states.chunk(count)):
             if not layer.is_initialized:
                 layer.lazy_initialization(*states)
         if type(layers[0]) is DynamicLayer:
             return _append(layers, key_states, value_states)
-        return _update_all_by_first(layers, key_states, value_states, *args, **kwargs)
+        states = _update_all_by_first(layers, key_states, value_states, *args, **kwargs)
+        if is_prompt and layer_idx == len(self.blocks) - 1 and not is_torchdynamo_compiling():
+            note_joined(self.views)
+        return states
+
+
+class JoinedStaticLayer(StaticLayer):
+    """
+    A static layer of several components as one, whose rows are theirs, one block after another. Keys, values and length
+    of every component's own layer are parts of those here, so that either may be updated, and the other knows.
+
+    Args:
+        layers (`Sequence[StaticLayer]`): the layer of each component, whose keys are parts of one tensor.
+    """
+
+    def __init__(self, layers: Sequence[StaticLayer]):
+        super(StaticLayer, self).__init__()  # without a length of its own
+        first = layers[0]
+        self.keys, self.values = _shared(layers)
+        self.lengths = torch.stack([layer.cumulative_length for layer in layers])
+        for layer, length in zip(layers, self.lengths):
+            layer.cumulative_length = length
+        _mark_static(self.lengths, *(layer.cumulative_length for layer in layers))
+        self.max_cache_len, self.dtype, self.device = first.max_cache_len, first.dtype, first.device
+        self.is_initialized = True
+
+    @property
+    def cumulative_length(self) -> torch.Tensor:
+        return self.lengths[0]
+
+    def update(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        states = StaticLayer.update(self, *args, **kwargs)  # `super` would be guarded for each layer
+        self.lengths[1:].copy_(self.lengths[0])
+        return states
+
+
+class JoinedStaticCache(Cache):
+    """
+    The layers of several components as one cache, for as long as nobody gives them other keys: reordering does.
+
+    Args:
+        starts (`tuple[int, ...]`): index of every component's first layer in the cache of the mixture.
+        blocks (`Sequence[Sequence[StaticLayer]]`): for each layer of the base, that of every component.
+    """
+
+    def __init__(self, starts: tuple[int, ...], blocks: Sequence[Sequence[StaticLayer]]):
+        super().__init__(layers=[JoinedStaticLayer(layers) for layers in blocks])
+        self.starts = starts
+        self._parts = [
+            (start + i, layer, layer.keys, layer.values, layer.cumulative_length)
+            for i, layers in enumerate(blocks)
+            for start, layer in zip(starts, layers)
+        ]
+
+    def is_of(self, cache: Cache) -> bool:
+        """Whether a cache still holds the layers that were joined, with the same keys."""
+        layers = cache.layers
+        for i, layer, keys, values, length in self._parts:  # at every step, so not by `all` of a generator
+            if layers[i] is not layer or layer.keys is not keys or layer.values is not values:
+                return False
+            if layer.cumulative_length is not length:
+                return False
+        return True
+
+
+class JoinedView(ComponentCacheView):
+    """
+    A component's layers, of which it is known for one call that they are joined with those of others.
+
+    Args:
+        parent (`Cache`): the cache that owns the layers.
+        start (`int`): index of the first layer of the view.
+        stop (`int`): index behind its last layer.
+        joined (`JoinedStaticCache`): the joined layers.
+    """
+
+    def __init__(self, parent: Cache, start: int, stop: int, joined: JoinedStaticCache):
+        super().__init__(parent, start, stop)
+        self.joined = joined
 
 
 def can_stack(views: Iterable[Cache]) -> bool:
     """Whether all layers are of the kinds that [`StackedCacheView`] handles, and stay on their device."""
     return all(
-        not getattr(view, "parent", view).offloading and all(type(layer) in _STACKABLE for layer in view.layers)
+        isinstance(view, JoinedView)
+        or (not getattr(view, "parent", view).offloading and all(type(layer) in _STACKABLE for layer in view.layers))
         for view in views
     )
 
 
-def join_static_layers(views: Sequence[Cache]) -> None:
+def stack_views(views: Sequence[ComponentCacheView]) -> Cache:
+    """The caches of several components as one, for one forward pass of all their rows."""
+    first = views[0]
+    if isinstance(first, JoinedView) and first.joined.starts == tuple([view.start for view in views]):
+        return first.joined
+    return StackedCacheView(views)
+
+
+def join_static_layers(views: Sequence[ComponentCacheView]) -> None:
     """
     Makes the keys of several components parts of one tensor before a step of decoding is compiled: the step writes to
     them in place, where they stay. Layers that grow, are empty, or are joined already stay as they are.
 
     Args:
-        views (`Sequence[Cache]`): the cache of each component, with equally many layers.
+        views (`Sequence[ComponentCacheView]`): the cache of each component, with equally many layers.
     """
-    for layers in zip(*(view.layers for view in views), strict=True):
+    for layers in _side_by_side(views):
         if isinstance(layers[0], StaticLayer) and layers[0].is_initialized and _shared(layers) is None:
             _join(layers)
+    note_joined(views)
+
+
+def note_joined(views: Sequence[ComponentCacheView]) -> None:
+    """
+    Notes on a cache which of its layers are joined, for [`prepare_step`]. Not those of a sliding window: how full it is
+    they know by a number too, which layers cannot share.
+
+    Args:
+        views (`Sequence[ComponentCacheView]`): the cache of each component, with equally many layers.
+    """
+    blocks = list(_side_by_side(views))
+    if not all(type(layer) is StaticLayer for layers in blocks for layer in layers):
+        return
+    cache = views[0].parent
+    noted = cache.__dict__.setdefault("mixture_joined", {})
+    starts = tuple(view.start for view in views)
+    if (starts not in noted or not noted[starts].is_of(cache)) and all(map(_shared, blocks)):
+        noted[starts] = JoinedStaticCache(starts, blocks)
+
+
+def prepare_step(cache: Cache) -> Cache:
+    """
+    What to hand to compiled code in place of the cache of a mixture: one with joined layers for the components that have
+    them, or the cache itself where none has. It serves for one call, as layers are joined until somebody changes them.
+    """
+    noted = getattr(cache, "mixture_joined", None)
+    for starts, joined in list(noted.items()) if noted else ():
+        if not joined.is_of(cache):
+            del noted[starts]  # what it holds is out of use
+    if not noted:
+        return cache
+    views = component_views(cache, cache.mixture_components, cache.mixture_layer_counts)
+    by_start = {start: joined for starts, joined in noted.items() for start in starts}
+    for k, view in views.items():
+        if view.start in by_start:
+            views[k] = JoinedView(cache, view.start, view.start + len(view), by_start[view.start])
+    return StepCache(cache, views)
+
+
+def _side_by_side(views: Sequence[ComponentCacheView]) -> Iterator[tuple[CacheLayerMixin, ...]]:
+    """The layers of several components that are the same layer of their base."""
+    return zip(*(view.layers for view in views), strict=True)
+
+
+def _mark_static(*tensors: torch.Tensor) -> None:
+    """As a layer marks its own: CUDA graphs write only to tensors that are known to stay where they are."""
+    for tensor in tensors:
+        torch._dynamo.mark_static_address(tensor)
 
 
 def _append(layers: Sequence[DynamicLayer], *states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,9 +254,7 @@ def _join(layers: Sequence[CacheLayerMixin]) -> tuple[torch.Tensor, torch.Tensor
     shared = torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers])
     _share(layers, shared, shared)
     if isinstance(layers[0], StaticLayer) and not is_torchdynamo_compiling():
-        # as a layer marks its own: CUDA graphs write only to tensors that are known to stay where they are
-        for tensor in (*shared, *(states for layer in layers for states in (layer.keys, layer.values))):
-            torch._dynamo.mark_static_address(tensor)
+        _mark_static(*shared, *(states for layer in layers for states in (layer.keys, layer.values)))
     return shared
 
 

@@ -5,6 +5,8 @@ There is no GPU here, but what would keep a CUDA graph from being recorded shows
 tensors it writes to that may have moved by the next step, and numbers kept on the CPU.
 """
 
+import copy
+
 import pytest
 import torch
 from functorch.compile import make_boxed_func
@@ -12,9 +14,10 @@ from helpers import BOS, PAD, VOCAB, left_pad, save_lora, save_tiny, tiny
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
-from transformers import CompileConfig
+from transformers import CompileConfig, StaticCache
 
 from mpo_hf import MixturePolicyModel, stacked_rows
+from mpo_hf.mixture_cache import StepCache
 
 
 INPUTS = left_pad([[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30], [BOS, 6, 6, 19, 27]])
@@ -43,7 +46,8 @@ class Recorder:
     def __init__(self):
         self.side_by_side: list[bool] = []  # by graph, whether adapters run in one pass there
         self.obstacles: list[str] = []
-        backend = aot_autograd(fw_compiler=lambda module, _: self._look(module))
+        self.kept: list[int] = []  # by graph, how many tensors it writes to that stay where they are
+        backend = aot_autograd(fw_compiler=lambda module, _: self._look(module), keep_inference_input_mutations=True)
         self.config = CompileConfig(fullgraph=True, backend=backend, mode=None)
         self.config._compile_all_devices = True  # Transformers compiles on accelerators only, unless told so
         torch._dynamo.reset()
@@ -53,7 +57,9 @@ class Recorder:
         self.side_by_side.append(any(node.target is torch.ops.aten.baddbmm.default for node in nodes))
         stay = set(TracingContext.get().fw_metadata.static_input_indices)
         written = {node.args[0] for node in nodes if node.target is torch.ops.aten.copy_.default}
+        self.kept.append(0)
         for i, node in enumerate(node for node in nodes if node.op == "placeholder"):
+            self.kept[-1] += i in stay and node in written
             if i in stay or not isinstance(node.meta["val"], torch.Tensor):
                 continue
             if node in written:
@@ -85,6 +91,59 @@ def test_a_step_is_one_graph_that_a_gpu_can_record(pair):
         pair.mixture_weights = weights
         assert recorder.generate(pair) == written_alone(pair)
     assert (recorder.side_by_side, recorder.obstacles) == ([True], [])
+    assert recorder.kept == [3]  # keys, values and lengths of the one layer, not those of each adapter
+
+
+@pytest.mark.parametrize("prompt", [INPUTS["input_ids"], INPUTS["input_ids"][:, :1]], ids=["long", "one token"])
+def test_a_cache_that_was_handed_out_is_an_ordinary_one(pair, prompt):
+    config = Recorder().config
+    given = {"attention_mask": torch.ones_like(prompt), "return_dict_in_generate": True, **SETTINGS}
+    output = pair.generate(prompt, cache_implementation="static", compile_config=config, **given)
+    cache, length = output.past_key_values, output.sequences.shape[1] - 1
+    assert type(cache) is StaticCache
+    assert [int(layer.get_seq_length()) for layer in cache.layers] == [length] * 2
+    grown = pair.generate(prompt, **given).past_key_values
+    for layer, other in zip(cache.layers, grown.layers):
+        torch.testing.assert_close(layer.keys[:, :, :length], other.keys)
+        torch.testing.assert_close(layer.values[:, :, :length], other.values)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["nothing", "reorder", "copy", "reset", "alone", "other keys", "other layers"])
+def test_what_happens_to_a_cache_between_two_steps_is_noticed(pair, change):
+    def step(ids, cache):
+        given = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(ids.shape[1]).expand(ids.shape)}
+        inputs = pair.prepare_inputs_for_generation(ids, next_sequence_length=1, past_key_values=cache, **given)
+        return type(inputs["past_key_values"]) is StepCache, pair(**inputs).logits[:, -1]
+
+    ids, cache = INPUTS["input_ids"][:, :4].clamp(min=3), StaticCache(config=pair.config, max_cache_len=12)
+    pair(ids[:, :3], past_key_values=cache)
+    assert step(ids, cache)[0]
+    if change == "reorder":
+        cache.reorder_cache(torch.tensor([2, 0, 1]))
+        ids = ids[[2, 0, 1]]
+    elif change == "copy":
+        original, cache = cache, copy.deepcopy(cache)
+        step(torch.cat([ids, ids[:, :1] + 1], 1), original)
+    elif change == "reset":
+        cache.reset()
+        ids = ids[:, :0]
+    elif change == "alone":
+        ids = torch.cat([ids, ids[:, 2:3]], 1)
+        pair.stack_adapters = False
+        assert step(ids, cache)[0]  # how they run is decided later
+        pair.stack_adapters = True
+    elif change == "other keys":
+        cache.layers[1].keys = cache.layers[1].keys.flip(0).flip(0)
+    elif change == "other layers":
+        cache.layers = copy.deepcopy(cache.layers)
+    joined = change not in ("reorder", "other keys", "other layers")
+    for new in (4, 21, 8):
+        ids = torch.cat([ids, torch.full((ROWS, 1), new)], 1)
+        was_joined, logits = step(ids, cache)
+        assert was_joined == joined
+        torch.testing.assert_close(logits, pair(ids).logits[:, -1])
+    assert {int(layer.get_seq_length()) for layer in cache.layers} == {ids.shape[1]}
 
 
 @pytest.mark.parametrize(
