@@ -9,7 +9,7 @@ import torch
 from helpers import BOS, PAD, RoutedLayer, left_pad, save_lora, tiny
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache
 
 from mpo_hf import MixturePolicyModel
 from mpo_hf.stacked_models import StackedLinear, StackedNorm, stack_models
@@ -92,6 +92,22 @@ def test_either_way_goes_on_from_the_cache_of_the_other(first):
         mixture.stack_models = first = not first
         logits = mixture(IDS[:, start:end], past_key_values=cache).logits
         torch.testing.assert_close(logits, expected[:, start:end], **CLOSE)
+
+
+def test_a_compiled_step_is_one_graph_of_batched_products():
+    mixture, apart = side_by_side(three(num_hidden_layers=1))
+    products = []
+
+    def backend(module, _):
+        products.append(sum(node.target is torch.bmm for node in module.graph.nodes))
+        return module.forward
+
+    torch._dynamo.reset()
+    config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    config._compile_all_devices = True  # Transformers compiles on accelerators only, unless told so
+    written = mixture.generate(**INPUTS, **SETTINGS, cache_implementation="static", compile_config=config)
+    assert written.equal(apart.generate(**INPUTS, **SETTINGS))
+    assert products == [8]  # seven linear layers and the head
 
 
 # ---- what the models keep ----
