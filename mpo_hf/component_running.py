@@ -50,7 +50,7 @@ class ComponentRunningMixin:
         return {
             "input_ids": self._ids_for_all(input_ids, attention_mask),
             "attention_mask": attention_mask,
-            "position_ids": _positions(position_ids, attention_mask, input_ids.shape[1]),
+            "position_ids": positions_from_mask(position_ids, attention_mask, input_ids.shape[1]),
         }
 
     def _ids_for_all(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
@@ -225,7 +225,7 @@ def _copy_to(device: torch.device, inputs: dict[str, Any]) -> dict[str, Any]:
     return {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
 
 
-def _positions(
+def positions_from_mask(
     position_ids: torch.LongTensor | None, attention_mask: torch.Tensor | None, length: int
 ) -> torch.LongTensor | None:
     """Positions from a 2D attention mask: without them some architectures are silently wrong on left padding."""

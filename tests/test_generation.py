@@ -14,7 +14,7 @@ from helpers import (
     pooled_logps,
     tiny,
 )
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
 
 from mpo_hf import MixturePolicyModel
 
@@ -77,6 +77,23 @@ def test_growing_cache_of_the_users_own_is_filled(case):
     cache = DynamicCache()
     assert generate(case.model, past_key_values=cache) == expected_greedy(case)
     assert cache.get_seq_length() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["growing", "static"])
+def test_a_loop_by_hand_prepares_inputs_from_ids_mask_and_cache(case, kind):
+    room = max(map(len, PROMPTS)) + STEPS
+    config = case.model.config
+    cache = DynamicCache(config=config) if kind == "growing" else StaticCache(config=config, max_cache_len=room)
+    inputs = left_pad(PROMPTS)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    for step in range(STEPS):
+        prepared = case.model.prepare_inputs_for_generation(
+            ids if step == 0 else ids[:, -1:], attention_mask=mask, past_key_values=cache, is_first_iteration=step == 0
+        )
+        token = case.model(**prepared).logits[:, -1].argmax(-1, keepdim=True)
+        ids, mask = torch.cat([ids, token], dim=1), torch.cat([mask, torch.ones_like(token)], dim=1)
+    assert completions_of(ids, inputs) == greedy(case.components, case.weights, PROMPTS, STEPS, ends=())
 
 
 # ---- sampling ----
