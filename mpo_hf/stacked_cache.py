@@ -1,4 +1,4 @@
-"""Keys and values of several components of one base, for one forward pass of all their rows."""
+"""Keys and values of several components of equal architecture, for one forward pass of all their rows."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -90,7 +90,7 @@ class JoinedStaticCache(Cache):
 
     Args:
         starts (`tuple[int, ...]`): index of every component's first layer in the cache of the mixture.
-        blocks (`Sequence[Sequence[StaticLayer]]`): for each layer of the base, that of every component.
+        blocks (`Sequence[Sequence[StaticLayer]]`): for each layer of a component, that of every component.
     """
 
     def __init__(self, starts: tuple[int, ...], blocks: Sequence[Sequence[StaticLayer]]):
@@ -198,7 +198,7 @@ def prepare_step(cache: Cache) -> Cache:
 
 
 def _side_by_side(views: Sequence[ComponentCacheView]) -> Iterator[tuple[CacheLayerMixin, ...]]:
-    """The layers of several components that are the same layer of their base."""
+    """The layers of several components, those at the same place together."""
     return zip(*(view.layers for view in views), strict=True)
 
 

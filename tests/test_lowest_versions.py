@@ -37,6 +37,8 @@ CORE = [
     "rewards",
     "rollouts",
     "trainer",
+    "stacked_models",
+    "compiled_decoding",
 ]
 
 
