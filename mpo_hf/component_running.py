@@ -13,7 +13,7 @@ from .mixture_cache import bind_cache, component_views
 from .stacked_cache import can_stack, join_static_layers, stack_views
 from .stacked_lora import AdapterStacks
 from .stacked_models import ModelStacks
-from .stacked_rows import can_run_stacked, repeat_rows
+from .stacked_rows import can_run_stacked, positions_by_row, repeat_rows
 
 
 class ComponentRunningMixin:
@@ -80,7 +80,8 @@ class ComponentRunningMixin:
         # the state of adapters is compared wherever something is computed anew, not at every step of decoding
         is_step = inputs["input_ids"].shape[1] == 1 and bool(views)
         groups = self._groups(active, inputs, views, check=not is_step)
-        devices = {k: execution_device(self.backbones[self.policies[k].backbone]) for k in active}
+        backbones = self.backbones
+        devices = {k: execution_device(backbones[self.policies[k].backbone]) for k in active}
         # copied before anything runs: a copy waits for the GPU that it comes from, and what needs it on another would too
         own = {device: _copy_to(device, inputs) for device in dict.fromkeys(devices.values())}
         done: dict[int, torch.Tensor] = {}
@@ -156,19 +157,17 @@ class ComponentRunningMixin:
     @property
     def _full_models(self) -> dict[int, nn.Module]:
         """The models of components without an adapter."""
-        return {k: self.backbones[handle.backbone] for k, handle in enumerate(self.policies) if handle.adapter is None}
+        backbones = self.backbones
+        return {k: backbones[handle.backbone] for k, handle in enumerate(self.policies) if handle.adapter is None}
 
     def _run_stacked(
         self, members: list[int], stack: nn.Module, inputs: dict[str, Any], views: dict[int, Cache]
     ) -> dict[int, torch.Tensor]:
         """Logits of components that run side by side."""
         keep, ids = inputs["logits_to_keep"], inputs["input_ids"]
-        if inputs["position_ids"] is None:  # by row, where some models would make one row for all
+        if inputs["position_ids"] is None:
             past = views[members[0]].get_seq_length() if views else 0
-            inputs = {
-                **inputs,
-                "position_ids": (torch.arange(ids.shape[1], device=ids.device) + past).expand(ids.shape),
-            }
+            inputs = {**inputs, "position_ids": positions_by_row(ids, past)}
         inputs = _accepted_inputs(stack, inputs)
         if views:
             inputs["past_key_values"] = stack_views([views[k] for k in members])

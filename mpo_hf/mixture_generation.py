@@ -171,9 +171,10 @@ class MixtureGenerationMixin(GenerationMixin):
             # rows that have ended go on with padding under mask 1, be it an id that not all components have
             foreign = inputs["input_ids"] >= self.config.vocab_size
             inputs["input_ids"] = inputs["input_ids"].masked_fill(foreign, 0)
-        if inputs.get("position_ids") is None:  # by the mask as it was given: that for a static cache is padded
-            length = inputs["input_ids"].shape[1]
-            inputs["position_ids"] = positions_from_mask(None, kwargs.get("attention_mask"), length)
+        # by the mask as it was given: that for a static cache is padded
+        inputs["position_ids"] = positions_from_mask(
+            inputs.get("position_ids"), kwargs.get("attention_mask"), inputs["input_ids"].shape[1]
+        )
         cache = inputs.get("past_key_values")
         if cache is not None and cache.is_compileable:
             inputs["mixture_weights"] = self._weights_for_compiled_code(inputs, is_first_iteration)

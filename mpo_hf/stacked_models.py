@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .component_loading import forward_parameters
-from .stacked_rows import CannotStack, StackedModules, check_rows, with_children
+from .stacked_rows import CannotStack, StackedModules, check_rows, trial_inputs, with_children
 
 
 logger = logging.get_logger(__name__)
@@ -204,21 +203,15 @@ def _try(stack: nn.Module, models: Sequence[PreTrainedModel], stacked: Sequence[
     ids = torch.randint(
         models[0].config.get_text_config().vocab_size, (2 * len(models), 3), generator=torch.Generator().manual_seed(0)
     )
-    inputs = {"input_ids": ids.to(models[0].device), "use_cache": False}
-    if "position_ids" in forward_parameters(stack):
-        inputs["position_ids"] = torch.arange(3, device=models[0].device).expand(ids.shape)
+    ids = ids.to(models[0].device)
     try:
         check_rows(stack, stacked, len(models))
-        found = stack(**inputs).logits
+        found = stack(**trial_inputs(stack, ids)).logits
     except CannotStack:
         raise
     except Exception as error:
         raise CannotStack(f"of an error in their layers side by side: {error}") from error
-    parts = (
-        {n: v[2 * k : 2 * k + 2] if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
-        for k in range(len(models))
-    )
-    expected = torch.cat([model(**part).logits for model, part in zip(models, parts)])
+    expected = torch.cat([model(**trial_inputs(model, part)).logits for model, part in zip(models, ids.split(2))])
     apart, scale = (found - expected).abs().max(), expected.abs().max()
     if not apart <= scale * torch.finfo(found.dtype).eps ** 0.5:
         raise CannotStack(f"logits of up to {scale:.3g} are {apart:.3g} apart")

@@ -77,6 +77,19 @@ def repeat_rows(inputs: dict[str, Any], count: int) -> dict[str, Any]:
     }
 
 
+def positions_by_row(input_ids: torch.LongTensor, past: int | torch.Tensor = 0) -> torch.LongTensor:
+    """Positions behind `past` tokens with a row for each row of the ids, where some models would make one row for all."""
+    return (torch.arange(input_ids.shape[1], device=input_ids.device) + past).expand(input_ids.shape)
+
+
+def trial_inputs(model: nn.Module, input_ids: torch.LongTensor) -> dict[str, Any]:
+    """Arguments of `forward` for a pass that keeps nothing."""
+    inputs = {"input_ids": input_ids, "use_cache": False}
+    if "position_ids" in forward_parameters(model):
+        inputs["position_ids"] = positions_by_row(input_ids)
+    return inputs
+
+
 def with_children(module: nn.Module, children: dict[str, nn.Module | None]) -> nn.Module:
     """A copy of a module with other children, which shares everything else with it: parameters, buffers and hooks."""
     if "forward" in module.__dict__:
@@ -108,11 +121,8 @@ def check_rows(stack: nn.Module, stacked: Sequence[nn.Module], count: int) -> No
         seen[layer] = tuple(args[0].shape[:-1] if args[0].is_floating_point() else args[0].shape)
 
     hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in stacked]
-    inputs = {"input_ids": torch.zeros(shape, dtype=torch.long, device=stack.device), "use_cache": False}
-    if "position_ids" in forward_parameters(stack):  # by row, where some models would make one row for all
-        inputs["position_ids"] = torch.arange(count + 1, device=stack.device).expand(shape)
     try:
-        stack(**inputs)
+        stack(**trial_inputs(stack, torch.zeros(shape, dtype=torch.long, device=stack.device)))
     finally:
         for hook in hooks:
             hook.remove()

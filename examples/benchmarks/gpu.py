@@ -194,9 +194,8 @@ def measure(
         which.__dict__.pop("_compiled_call", None)
     ways = make_ways(base, model, batch_size, mode, args)
     tokens, failed, peaks = {}, {}, {}
-    for _ in range(
-        3 if mode == "compiled" else 1
-    ):  # compiles, records CUDA graphs, and once more when all have been run
+    # compiles, records CUDA graphs, and once more when all have been run
+    for _ in range(3 if mode == "compiled" else 1):
         for name, way in ways.items():
             try:
                 if name not in failed:
