@@ -1,19 +1,92 @@
 """
-Names of Transformers, PEFT and torch which are not part of their public interface.
+Names of Transformers, PEFT and torch which are not part of their public interface, or differ between their versions.
 
 Hooks that classes override, and single attributes, stay where they are used: tests/test_private_names.py lists them.
+tests/test_public_names.py lists the public arguments and fields that are used, and tells which ones are gone.
 """
+
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
-from transformers.utils import is_peft_available
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    LinearAttentionCacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import is_peft_available, is_torchdynamo_compiling, logging
+
+
+# What a `forward` may call its cache, the newest name first. Models that are not part of Transformers keep the name of
+# the version that they were written for, so the name is a property of a model, not of the installed version.
+CACHE_NAMES = ("cache", "past_key_values")
+# What `generate()` and the outputs of models call it: `cache` since Transformers 5.24, `past_key_values` before.
+CACHE_NAME = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
+
+
+def cache_name_of(parameters: Collection[str]) -> str | None:
+    """What a model calls its cache, by the names of its `forward`'s arguments; `None` for one that takes no such cache."""
+    return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+def pick_cache(given: dict[str, Any], caller: str) -> Cache | None:
+    """
+    Takes the cache out of arguments, under whichever name it is there. As in Transformers, the newest name wins, and a
+    name that the installed version has given up is warned of.
+
+    Args:
+        given (`dict`): arguments by name; those of [`CACHE_NAMES`] are taken out.
+        caller (`str`): the function that they were given to, for the warning.
+    """
+    found = {name: given.pop(name) for name in CACHE_NAMES if name in given}
+    found = {name: cache for name, cache in found.items() if cache is not None}
+    if not found:
+        return None
+    name, *others = found
+    if not is_torchdynamo_compiling():
+        if others:
+            message = f"`{caller}` got a cache as `{name}` and as `{others[0]}`. The former is used."
+            warnings.warn(message, FutureWarning, stacklevel=3)
+        elif CACHE_NAMES.index(name) > CACHE_NAMES.index(CACHE_NAME):
+            message = f"`{name}` is deprecated for `{caller}`. Use `{CACHE_NAME}` instead."
+            warnings.warn(message, FutureWarning, stacklevel=3)
+    return found[name]
 
 
 def layer_types_of(config: PreTrainedConfig) -> list[str]:
     """Which kind of cache layer every layer of a decoder needs, as `DynamicCache` and `StaticCache` see it."""
     return get_layer_types_and_kwargs(config)[0]
+
+
+def has_recurrent_layers(config: PreTrainedConfig) -> bool:
+    """Whether a decoder has layers with a state of fixed size, such as Mamba's, instead of or beside keys and values."""
+    kinds = (DYNAMIC_LAYER_TYPE_MAPPING.get(layer_type, object) for layer_type in layer_types_of(config))
+    return any(issubclass(kind, LinearAttentionCacheLayerMixin) for kind in kinds)
+
+
+def starts_anew(model: nn.Module) -> bool:
+    """
+    Whether a recurrent model forgets its state when it is given several tokens at once, as Mamba's first version does in
+    Transformers, alone or as layers of others (Jamba): it is the one that projects its input to a state's parameters.
+    """
+    return any(hasattr(module, "A_log") and hasattr(module, "x_proj") for module in model.modules())
+
+
+def is_recurrent(cache: Cache) -> bool:
+    """Whether all layers of a cache are states of fixed size, which do not tell how many tokens they have seen."""
+    return bool(cache.layers) and all(cache.is_linear)
+
+
+def without_peft(model: nn.Module) -> nn.Module:
+    """The model inside of PEFT's wrapper, or the model itself where it has none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def activate_adapter(model: nn.Module, adapter: str | None) -> None:
@@ -71,6 +144,16 @@ def _lora_layers(model: nn.Module) -> list[nn.Module] | None:
                 return None
             layers.append(module)
     return layers
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Transformers shows no bar, as for "Writing model shards: 0it" where there are no weights to write."""
+    previous = logging.set_tqdm_hook(lambda tqdm, args, kwargs: tqdm(*args, **{**kwargs, "disable": True}))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(previous)
 
 
 def recomputes_layers(model: nn.Module) -> bool:

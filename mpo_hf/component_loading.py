@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, is_peft_available, logging
 
+from .compat import CACHE_NAME, cache_name_of, without_peft
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig
 from .hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS, cached_commit, explain_hub_error
 from .vocabulary import common_vocab_size
@@ -438,19 +439,20 @@ def check_decoder(model: nn.Module, name: str) -> None:
         raise ValueError(f"The component {name} is an encoder-decoder; only causal language models can be mixed.")
     if model.config.model_type == MixturePolicyConfig.model_type:
         raise ValueError(f"The component {name} is itself a mixture. Mix its components instead.")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_peft(model)
     if not base.can_generate():
         raise ValueError(f"The component {name} ({type(base).__name__}) is not a causal language model.")
-    if "past_key_values" not in parameters:
+    if cache_name_of(parameters) is None or not base._supports_default_dynamic_cache():
         raise ValueError(
-            f"The component {name} ({type(model).__name__}) keeps its state in a cache of its own kind instead of "
-            "`past_key_values`, and cannot be mixed."
+            f"The component {name} ({type(base).__name__}) keeps its state in a cache of its own kind instead of a "
+            f"`DynamicCache` that its `forward` takes as `{CACHE_NAME}`, and cannot be mixed."
+            + (" Mamba can, from Transformers 5.24 on." if "cache_params" in parameters else "")
         )
 
 
 def forward_parameters(model: nn.Module) -> frozenset[str]:
     """Names of the arguments of a model's `forward`, seen through PEFT's wrapper."""
-    kind = type(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    kind = type(without_peft(model))
     if kind not in _PARAMETERS:  # a dictionary, for torch.compile knows no other kind of memory
         _PARAMETERS[kind] = frozenset(inspect.signature(kind.forward).parameters)
     return _PARAMETERS[kind]

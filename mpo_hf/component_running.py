@@ -7,7 +7,14 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .compat import activate_adapter, recomputes_layers
+from .compat import (
+    activate_adapter,
+    cache_name_of,
+    has_recurrent_layers,
+    recomputes_layers,
+    starts_anew,
+    without_peft,
+)
 from .component_loading import PolicyHandle, forward_parameters
 from .mixture_cache import bind_cache, component_views
 from .stacked_cache import can_stack, join_static_layers, stack_views
@@ -36,6 +43,11 @@ class ComponentRunningMixin:
 
     def _views(self, cache: Cache, active: Sequence[int]) -> tuple[Sequence[int], dict[int, Cache]]:
         """The components that a cache holds, and each one's view of it; a new cache is to hold those of `active`."""
+        if not cache.layers and has_recurrent_layers(self.config):
+            raise ValueError(
+                "This cache was made without a config, for attention layers only, and components of this mixture are "
+                "recurrent. Make it from the config: `DynamicCache(config=model.config)`."
+            )
         counts = [decoder.num_hidden_layers for decoder in self.config.decoder_configs]
         bound = bind_cache(cache, active, counts)
         return bound, component_views(cache, bound, counts)
@@ -91,7 +103,7 @@ class ComponentRunningMixin:
             if k in done:
                 yield done.pop(k)
             else:
-                yield self._run_policy(k, {**own[devices[k]], "past_key_values": views.get(k)}, extras)
+                yield self._run_policy(k, {**own[devices[k]], "cache": views.get(k)}, extras)
         if views and not is_step and not torch.compiler.is_compiling():
             self._prepare_steps([k for k in active if k not in groups], views, len(inputs["input_ids"]))
 
@@ -168,16 +180,27 @@ class ComponentRunningMixin:
         if inputs["position_ids"] is None:
             past = views[members[0]].get_seq_length() if views else 0
             inputs = {**inputs, "position_ids": positions_by_row(ids, past)}
-        inputs = _accepted_inputs(stack, inputs)
         if views:
-            inputs["past_key_values"] = stack_views([views[k] for k in members])
+            inputs = {**inputs, "cache": stack_views([views[k] for k in members])}
+        inputs = _accepted_inputs(stack, inputs)
         logits = self._common_logits(stack(**repeat_rows(inputs, len(members)), return_dict=True).logits, inputs, keep)
         return dict(zip(members, logits.chunk(len(members))))
 
     def _run_policy(self, k: int, inputs: dict[str, Any], extras: dict[str, list]) -> torch.Tensor:
         """Logits of component `k` over the common token ids; hidden states and attentions are added to `extras`."""
-        keep = inputs["logits_to_keep"]
+        keep, mask, view = inputs["logits_to_keep"], inputs["attention_mask"], inputs.get("cache")
         backbone, inputs = self._ready_policy(k, inputs)
+        if view is not None and view.has_states:
+            length = inputs["input_ids"].shape[1]
+            if length > 1 and view.has_previous_state() and starts_anew(backbone):
+                raise ValueError(
+                    f"The component {self.config.labels[k]!r} ({type(without_peft(backbone)).__name__}) cannot go on from a "
+                    f"cache with {length} new tokens: given several at once, it forgets its state. Pass them one at a time, "
+                    "start from a new cache, or leave out `prefill_chunk_size`."
+                )
+            if view.is_recurrent and mask is not None and mask.ndim == 2:
+                # what such models have seen is in their state, and their mask is that of the new tokens
+                inputs["attention_mask"] = inputs["attention_mask"][:, -length:]
         output = backbone(**inputs, return_dict=True)
         for name, collected in extras.items():
             collected.extend(getattr(output, name, None) or ())
@@ -209,15 +232,17 @@ def execution_device(backbone: nn.Module) -> torch.device:
     """Where a model computes. Weights that Accelerate offloads are on `meta` until they are needed."""
     device = next((p.device for p in backbone.parameters() if p.device.type != "meta"), None)
     if device is None:
-        base = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
-        device = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
+        device = getattr(getattr(without_peft(backbone), "_hf_hook", None), "execution_device", None)
     return torch.device("meta" if device is None else device)
 
 
 def _accepted_inputs(backbone: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What a model accepts of `inputs`."""
+    """What a model accepts of `inputs`, with the cache under the name that it has there."""
     accepted = forward_parameters(backbone)
-    return {n: v for n, v in inputs.items() if n in accepted or n not in ("position_ids", "logits_to_keep")}
+    inputs = {n: v for n, v in inputs.items() if n in accepted or n not in ("position_ids", "logits_to_keep")}
+    if "cache" in inputs:
+        inputs[cache_name_of(accepted)] = inputs.pop("cache")
+    return inputs
 
 
 def _copy_to(device: torch.device, inputs: dict[str, Any]) -> dict[str, Any]:

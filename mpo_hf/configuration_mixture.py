@@ -266,7 +266,7 @@ class MixturePolicyConfig(PreTrainedConfig):
     """
 
     model_type = "mpo_mixture"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # under both names that `Trainer` may find it by
     sub_configs = _ComponentSubConfigs()
 
     def __init__(
@@ -369,6 +369,10 @@ class MixturePolicyConfig(PreTrainedConfig):
     def _first_of(self, name: str) -> Any:
         return next((v for c in self.decoder_configs if (v := getattr(c, name, None)) is not None), None)
 
+    def _largest(self, name: str) -> int | None:
+        values = (getattr(config, name, None) for config in self.decoder_configs)
+        return max((value for value in values if value is not None), default=None)
+
     @property
     def labels(self) -> list[str]:
         """Names of the components: their labels where they have one, made unique, `policy_k` otherwise."""
@@ -404,11 +408,11 @@ class MixturePolicyConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int | None:
-        return max((config.hidden_size for config in self.decoder_configs), default=None)
+        return self._largest("hidden_size")
 
     @property
     def num_attention_heads(self) -> int | None:
-        return max((config.num_attention_heads for config in self.decoder_configs), default=None)
+        return self._largest("num_attention_heads")
 
     @property
     def max_position_embeddings(self) -> int | None:

@@ -188,7 +188,7 @@ class MixtureLogitsProcessor(LogitsProcessor):
             output = self.others(
                 self._known_ids(tokens[:, kept:]),
                 attention_mask=(tokens != HIDDEN).long(),
-                past_key_values=cache,
+                cache=cache,
                 use_cache=self.use_cache,
                 logits_to_keep=1,
                 return_dict=True,

@@ -1,5 +1,5 @@
 """
-Keys and values of all components in one stock cache.
+Keys and values of all components in one stock cache, and the states of recurrent ones.
 
 A mixture presents itself to `generate()` as one decoder with the layers of all its components, so the cache that
 `generate()` builds, reorders, crops or resets is an ordinary one. Each component gets a view of its own layers.
@@ -8,8 +8,10 @@ A mixture presents itself to `generate()` as one decoder with the layers of all 
 from collections.abc import Sequence
 
 import torch
-from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
+from transformers.cache_utils import Cache, EncoderDecoderCache, LinearAttentionCacheLayerMixin, StaticLayer
 from transformers.utils import is_torchdynamo_compiling
+
+from .compat import CACHE_NAME, is_recurrent
 
 
 class ComponentCacheView(Cache):
@@ -26,6 +28,9 @@ class ComponentCacheView(Cache):
         super().__init__(layers=parent.layers[start:stop])
         self.parent = parent
         self.start = start
+        # whether some layers have a state of fixed size, and whether all of them have nothing else
+        self.has_states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
+        self.is_recurrent = self.has_states and is_recurrent(self)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
@@ -60,14 +65,20 @@ def check_cache(cache: Cache) -> None:
     """
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise ValueError(
-            f"`past_key_values` of a mixture must be a cache of a decoder, such as `DynamicCache(config=model.config)`, "
+            f"`{CACHE_NAME}` of a mixture must be a cache of a decoder, such as `DynamicCache(config=model.config)`, "
             f"got {type(cache).__name__}."
         )
-    if not hasattr(cache, "mixture_components") and cache.get_seq_length() > 0:
+    held = "the state" if is_recurrent(cache) else f"{cache.get_seq_length()} tokens"
+    if not hasattr(cache, "mixture_components") and is_filled(cache):
         raise ValueError(
-            f"This cache holds {cache.get_seq_length()} tokens of a model that is not this mixture. Start from a new one: "
+            f"This cache holds {held} of a model that is not this mixture. Start from a new one: "
             "`DynamicCache(config=model.config)`."
         )
+
+
+def is_filled(cache: Cache) -> bool:
+    """Whether a cache holds anything."""
+    return cache.has_previous_state() if is_recurrent(cache) else cache.get_seq_length() > 0
 
 
 def check_room(cache: Cache, rows: int, input_length: int | None, total_length: int) -> None:
@@ -83,6 +94,13 @@ def check_room(cache: Cache, rows: int, input_length: int | None, total_length: 
     Raises:
         `ValueError`: when the cache is too short, too full, or of another batch.
     """
+    if is_recurrent(cache):
+        if is_filled(cache):
+            raise ValueError(
+                "All components of this mixture are recurrent, and their states do not tell how many tokens of the input "
+                "they have seen, so that `generate` cannot go on from them. Start from a new cache."
+            )
+        return
     filled = cache.get_seq_length()
     if filled and input_length is not None and filled >= input_length:
         raise ValueError(

@@ -5,10 +5,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
+from .compat import CACHE_NAME, CACHE_NAMES, has_recurrent_layers, pick_cache
 from .component_running import positions_from_mask
 from .configuration_mixture import check_mixture_weights, prune_mixture_weights
 from .mixture_cache import bind_cache, check_cache, check_room
@@ -43,6 +49,8 @@ class MixtureGenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig | None, **kwargs
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if any(name in model_kwargs for name in CACHE_NAMES):
+            model_kwargs[CACHE_NAME] = pick_cache(model_kwargs, "MixturePolicyModel.generate")
         # weights in a generation config are those of the call; they must not reach an assistant, which is handed the config
         weights = generation_config.__dict__.pop("mixture_weights", None)
         if weights is not None:
@@ -67,6 +75,8 @@ class MixtureGenerationMixin(GenerationMixin):
                 f"`cache_implementation={cache!r}` keeps what an accelerator computes in the memory of the CPU, but this "
                 "mixture runs on the CPU. Leave it out."
             )
+        if generation_config.prefill_chunk_size:
+            self._check_chunks(generation_config.prefill_chunk_size)
         if generation_config.penalty_alpha and generation_config.get_generation_mode() == (
             GenerationMode.CONTRASTIVE_SEARCH
         ):
@@ -80,6 +90,22 @@ class MixtureGenerationMixin(GenerationMixin):
                 "`token_healing` generates with the weights of the model, and `mixture_weights` are for this call only. "
                 "Assign them: `model.mixture_weights = ...`."
             )
+
+    def _check_chunks(self, size: int) -> None:
+        if set(self.config.layer_types) == {"linear_attention"}:
+            raise ValueError(
+                f"`prefill_chunk_size={size}` needs a cache that tells how many tokens it holds, which the states of "
+                "recurrent components do not. Leave it out."
+            )
+        if size == 1 and has_recurrent_layers(self.config):
+            raise ValueError(
+                "`prefill_chunk_size=1`: recurrent components take no mask with a single token, so that padding would count "
+                "as text. Make the chunks larger."
+            )
+
+    def _get_static_cache_init_shape(self):
+        # states of recurrent components have no heads; their layers are made when they are first used
+        return None if has_recurrent_layers(self.config) else super()._get_static_cache_init_shape()
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs) -> None:
         assistant = generation_mode_kwargs.get("assistant_model")
@@ -114,7 +140,7 @@ class MixtureGenerationMixin(GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if cache is not None and not isinstance(cache, tuple):
             mask = model_kwargs.get("attention_mask")
             length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
@@ -151,19 +177,23 @@ class MixtureGenerationMixin(GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(
-        attention_mask: torch.Tensor | None, past_key_values: Cache, **kwargs
+        config: PreTrainedConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
     ) -> torch.Tensor | None:
         # Every component builds the masks of its own layers from the 2D mask. That has the length of the cache from the
         # start, for compiled code to find the same shape at every step; what has not come yet is masked by causality.
-        if attention_mask is None:
-            return None
-        to_come = past_key_values.get_max_length() - attention_mask.shape[1]
+        # Not for several tokens at once if layers are recurrent: these take the end of the mask for that of the tokens.
+        if attention_mask is None or (inputs_embeds.shape[1] > 1 and has_recurrent_layers(config)):
+            return attention_mask
+        to_come = pick_cache(kwargs, "create_masks_for_generate").get_max_length() - attention_mask.shape[1]
         return nn.functional.pad(attention_mask, (0, max(to_come, 0)), value=1)
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, is_first_iteration: bool | None = False, **kwargs
     ) -> dict[str, Any]:
         # no `inputs_embeds` among the arguments: a mixture has no one table of embeddings
+        cache = pick_cache(kwargs, "MixturePolicyModel.prepare_inputs_for_generation")
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         if is_first_iteration:
             inputs["input_ids"] = self._ids_for_all(inputs["input_ids"], kwargs.get("attention_mask"))
@@ -175,18 +205,19 @@ class MixtureGenerationMixin(GenerationMixin):
         inputs["position_ids"] = positions_from_mask(
             inputs.get("position_ids"), kwargs.get("attention_mask"), inputs["input_ids"].shape[1]
         )
-        cache = inputs.get("past_key_values")
         if cache is not None and cache.is_compileable:
-            inputs["mixture_weights"] = self._weights_for_compiled_code(inputs, is_first_iteration)
-            inputs["past_key_values"] = prepare_step(cache)
+            inputs["mixture_weights"] = self._weights_for_compiled_code(inputs, cache, is_first_iteration)
+            inputs[CACHE_NAME] = prepare_step(cache)
         return inputs
 
-    def _weights_for_compiled_code(self, inputs: dict[str, Any], is_first_iteration: bool | None) -> torch.Tensor:
+    def _weights_for_compiled_code(
+        self, inputs: dict[str, Any], cache: Cache, is_first_iteration: bool | None
+    ) -> torch.Tensor:
         """
         Checked weights as a tensor that compiled code takes as they are: it cannot look into them, and would be compiled
         again for every number. Which components run it reads from the cache, and its stacks are made here.
         """
-        weights, cache, rows = inputs.get("mixture_weights"), inputs["past_key_values"], len(inputs["input_ids"])
+        weights, rows = inputs.get("mixture_weights"), len(inputs["input_ids"])
         if is_first_iteration or not hasattr(cache, "mixture_components"):
             _, active = self._weights_for(weights, rows)
             active, views = self._views(cache, active)

@@ -13,7 +13,15 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .compat import correct_parallel_plans, correct_tied_weights, parse_to
+from .compat import (
+    CACHE_NAME,
+    correct_parallel_plans,
+    correct_tied_weights,
+    no_progress_bar,
+    parse_to,
+    pick_cache,
+    without_peft,
+)
 from .component_loading import ComponentLoader, Policy, PolicyHandle, is_by_component
 from .component_running import ComponentRunningMixin, execution_device
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig, check_mixture_weights
@@ -117,6 +125,8 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
         self.component_hook: Callable[[Sequence[int], Iterator[torch.Tensor]], Iterator[torch.Tensor]] | None = None
         self.pooled_head = PooledHead(self)
         self._fits_weights_only = False
+        # as Transformers asks it of a model: whether drafted tokens cannot be taken back
+        self._is_stateful = any(getattr(without_peft(backbone), "_is_stateful", False) for backbone in backbones)
         self.post_init()
 
     def _add_backbone(self, backbone: nn.Module) -> None:
@@ -236,7 +246,7 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
@@ -244,6 +254,7 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
         logits_to_keep: int | torch.Tensor = 0,
         mixture_weights: torch.Tensor | Sequence[float] | None = None,
         return_dict: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
         r"""
@@ -254,12 +265,12 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
                 0 for padding, 1 elsewhere.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Positions. Derived from `attention_mask` when they are not given.
-            past_key_values (`Cache`, *optional*):
-                Keys and values of all components, as this model returned them.
+            cache (`Cache`, *optional*):
+                Keys, values and other states of all components, as this model returned them.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Labels of the language modelling loss of the mixture; -100 is ignored.
             use_cache (`bool`, *optional*):
-                Whether to return `past_key_values`.
+                Whether to return the cache.
             output_attentions (`bool`, *optional*):
                 Whether to return the attentions of the components that run, one component's layers after another's.
             output_hidden_states (`bool` or `list[int]`, *optional*):
@@ -270,6 +281,8 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
                 Weights for this call, or for each row of it, instead of the model's own.
             return_dict (`bool`, *optional*):
                 Whether to return a [`~transformers.modeling_outputs.CausalLMOutputWithPast`] instead of a tuple.
+            past_key_values (`Cache`, *optional*):
+                The cache, as Transformers called it before version 5.24.
 
         Returns:
             [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: `logits` are the pooled log-probabilities
@@ -282,14 +295,15 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
             output_attentions = config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states or False
-        weights, active = self._weights_for(mixture_weights, len(input_ids), past_key_values)
+        cache = pick_cache({"cache": cache, "past_key_values": past_key_values}, "MixturePolicyModel.forward")
+        weights, active = self._weights_for(mixture_weights, len(input_ids), cache)
         views: dict[int, Cache | None] = {}
-        if use_cache or past_key_values is not None:
-            if past_key_values is None:
-                past_key_values = DynamicCache(config=config)
-            active, views = self._views(past_key_values, active)
-            if isinstance(past_key_values, StepCache):
-                past_key_values = past_key_values.cache
+        if use_cache or cache is not None:
+            if cache is None:
+                cache = DynamicCache(config=config)
+            active, views = self._views(cache, active)
+            if isinstance(cache, StepCache):
+                cache = cache.cache
         loss_kwargs = {n: kwargs.pop(n) for n in ("num_items_in_batch", "shift_labels") if n in kwargs}
         inputs = {
             **self._inputs_for_all(input_ids, attention_mask, position_ids),
@@ -312,7 +326,7 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE_NAME: cache if use_cache else None},
             hidden_states=_keep_layers(extras["hidden_states"], output_hidden_states) or None,
             attentions=tuple(extras["attentions"]) or None,
         )
@@ -512,7 +526,8 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
                 )
             else:
                 # an empty state dict: stock saving writes the configs, and no weights
-                super().save_pretrained(save_directory, **{**kwargs, "state_dict": {}})
+                with no_progress_bar():
+                    super().save_pretrained(save_directory, **{**kwargs, "state_dict": {}})
         if push:
             push_kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
             push_kwargs["with_code"] = with_code

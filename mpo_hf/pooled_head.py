@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from .compat import without_peft
+
 
 if TYPE_CHECKING:
     from .modeling_mixture import MixturePolicyModel
@@ -49,7 +51,7 @@ class PooledHead(nn.Linear):
 
     def linear_of(self, k: int) -> nn.Linear:
         """The head of component `k`."""
-        head = _without_peft(self.mixture.backbones[self.mixture.policies[k].backbone]).get_output_embeddings()
+        head = without_peft(self.mixture.backbones[self.mixture.policies[k].backbone]).get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise ValueError(
                 f"{self._component(k)} has a {type(head).__module__}.{type(head).__name__} as output embeddings. Trainers that "
@@ -147,8 +149,4 @@ class PooledBackbone:
 def last_hidden_state(mixture: "MixturePolicyModel", k: int, inputs: dict) -> torch.Tensor:
     """What the head of component `k` is given: `(batch_size, sequence_length, hidden_size)`."""
     backbone, inputs = mixture._ready_policy(k, inputs)
-    return _without_peft(backbone).base_model(**inputs, use_cache=False).last_hidden_state
-
-
-def _without_peft(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return without_peft(backbone).base_model(**inputs, use_cache=False).last_hidden_state

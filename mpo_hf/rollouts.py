@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 from trl import is_conversational
 
+from .compat import CACHE_NAME
 from .modeling_mixture import MixturePolicyModel
 from .scoring import CompletionScorer, read_prompts, sum_over_tokens, token_logps
 
@@ -249,7 +250,7 @@ def sample_completions(
         cache = read_prompts(policy, padded, mask, **kwargs)
         if cache is not None:
             cache.batch_repeat_interleave(num_generations)
-            kwargs["past_key_values"] = cache
+            kwargs[CACHE_NAME] = cache
         padded, mask = (tensor.repeat_interleave(num_generations, 0) for tensor in (padded, mask))
         if mixture_weights is not None and mixture_weights.ndim == 2:
             kwargs["mixture_weights"] = mixture_weights.repeat_interleave(num_generations, 0)

@@ -91,7 +91,7 @@ def read_prompts(
     cache = DynamicCache(config=policy.config)
     if prompt_ids.shape[1] < 2 or not can_stack([cache]):
         return None
-    policy(prompt_ids[:, :-1], prompt_mask[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1, **kwargs)
+    policy(prompt_ids[:, :-1], prompt_mask[:, :-1], cache=cache, use_cache=True, logits_to_keep=1, **kwargs)
     return cache
 
 
@@ -227,7 +227,7 @@ def _logits(
         ids, cache = ids[:, cache.get_seq_length() :], _rows(cache, batch.prompts)
     common = {"use_cache": cache is not None, "logits_to_keep": keep}
     if pools:
-        yield model(ids, batch.mask, past_key_values=cache, **common).logits
+        yield model(ids, batch.mask, cache=cache, **common).logits
         return
     inputs = model._inputs_for_all(ids, batch.mask, None) | common
     components = range(len(model.policies))

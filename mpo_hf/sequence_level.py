@@ -29,6 +29,7 @@ from transformers.generation import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .compat import CACHE_NAME
 from .configuration_mixture import MixturePolicyConfig
 from .modeling_mixture import MixturePolicyModel
 from .objectives import effective_sample_size
@@ -143,7 +144,7 @@ def sequential_monte_carlo(
     _check_range("ess_threshold", ess_threshold, 0 <= ess_threshold <= 1, "between 0 and 1")
     _check_range("proposal_temperature", proposal_temperature, 0 < proposal_temperature < math.inf, "positive")
     copies = generation_config.num_return_sequences
-    _check_generation_config(generation_config, model_kwargs.get("past_key_values"))
+    _check_generation_config(generation_config, model_kwargs.get(CACHE_NAME))
     _check_processors(logits_processor)
 
     input_ids, model_kwargs = _one_row_a_prompt(input_ids, model_kwargs, copies)
@@ -278,7 +279,7 @@ def _check_generation_config(config: GenerationConfig, cache: Cache | None) -> N
             )
     if config.num_return_sequences > 1 and getattr(cache, "_is_user_defined", False):
         raise ValueError(
-            f"`past_key_values` has a row for each prompt, which num_return_sequences={config.num_return_sequences} "
+            f"`{CACHE_NAME}` has a row for each prompt, which num_return_sequences={config.num_return_sequences} "
             "cannot follow. Pass one of the two."
         )
 
@@ -331,7 +332,7 @@ def _next_logits(
 
 
 def _reorder_cache(model_kwargs: dict[str, object], rows: torch.LongTensor) -> None:
-    if (cache := model_kwargs.get("past_key_values")) is not None:
+    if (cache := model_kwargs.get(CACHE_NAME)) is not None:
         cache.reorder_cache(rows)
 
 

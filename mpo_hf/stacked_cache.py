@@ -71,7 +71,7 @@ class JoinedStaticLayer(StaticLayer):
         for layer, length in zip(layers, self.lengths):
             layer.cumulative_length = length
         _mark_static(self.lengths, *(layer.cumulative_length for layer in layers))
-        self.max_cache_len, self.dtype, self.device = first.max_cache_len, first.dtype, first.device
+        self.max_cache_len, self.device = first.max_cache_len, first.device
         self.is_initialized = True
 
     @property

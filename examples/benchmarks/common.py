@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from mpo_hf import MixturePolicyModel
+from mpo_hf.compat import CACHE_NAME
 from mpo_hf.pooling import log_linear_pool
 
 
@@ -102,7 +103,7 @@ def decode_one(model: PreTrainedModel, ids: torch.Tensor) -> Decoder:
     """A model as it is: the base, one policy, or a mixture."""
     cache = DynamicCache(config=model.config)
     while True:
-        logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        logits = model(input_ids=ids, **{CACHE_NAME: cache}, logits_to_keep=1).logits[:, -1]
         ids = (yield logits)[:, None]
 
 
@@ -113,7 +114,7 @@ def decode_loop_over_adapters(model: PeftModel, weights: Sequence[float], ids: t
         scores = 0
         for k, (weight, cache) in enumerate(zip(weights, caches)):
             model.set_adapter(str(k))
-            logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            logits = model(input_ids=ids, **{CACHE_NAME: cache}, logits_to_keep=1).logits[:, -1]
             scores = scores + weight * logits.log_softmax(-1)
         ids = (yield scores)[:, None]
 
@@ -134,7 +135,7 @@ def decode_adapter_names(model: PeftModel, weights: Sequence[float], ids: torch.
     cache = DynamicCache(config=model.config)
     while True:
         rows = ids.repeat(len(weights), 1)
-        logits = model(input_ids=rows, adapter_names=names, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        logits = model(input_ids=rows, adapter_names=names, **{CACHE_NAME: cache}, logits_to_keep=1).logits[:, -1]
         ids = (yield log_linear_pool(logits.chunk(len(weights)), weights))[:, None]
 
 
@@ -150,9 +151,9 @@ def decode_mod(model: PeftModel, weights: Sequence[float], ids: torch.Tensor) ->
         logits = []
         for k in range(len(weights)):
             model.set_adapter(str(k))
-            logits.append(model(input_ids=ids, past_key_values=caches[k]).logits[:, -1])
+            logits.append(model(input_ids=ids, **{CACHE_NAME: caches[k]}).logits[:, -1])
         with model.disable_adapter():
-            logits.append(model(input_ids=ids, past_key_values=caches[-1]).logits[:, -1])
+            logits.append(model(input_ids=ids, **{CACHE_NAME: caches[-1]}).logits[:, -1])
         totals = torch.stack(logits) + carried
         tokens = yield torch.stack([weight * total for weight, total in zip(weights, totals)]).sum(0)
         carried = totals.gather(-1, tokens.expand(len(totals), -1)[..., None])

@@ -57,6 +57,7 @@ from peft import PeftModel
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
 
 from mpo_hf import sequential_monte_carlo
+from mpo_hf.compat import CACHE_NAME
 from mpo_hf.pooling import log_linear_pool
 
 
@@ -196,15 +197,15 @@ def steps(
 
     def run_mixture(name: str) -> torch.Tensor:
         mixture.stack_adapters = name == OURS
-        return mixture(ids, past_key_values=caches[name]).logits
+        return mixture(ids, cache=caches[name]).logits
 
     def run_names() -> torch.Tensor:
         model.base_model.enable_adapter_layers()
-        logits = model(input_ids=rows, adapter_names=names, past_key_values=caches["names"]).logits
+        logits = model(input_ids=rows, adapter_names=names, **{CACHE_NAME: caches["names"]}).logits
         return log_linear_pool(logits.chunk(count), weights)
 
     return {
-        "base": lambda: base(ids, past_key_values=caches["base"]).logits,
+        "base": lambda: base(ids, **{CACHE_NAME: caches["base"]}).logits,
         OURS: lambda: run_mixture(OURS),
         "one after another": lambda: run_mixture("one after another"),
         "PEFT adapter_names": run_names,

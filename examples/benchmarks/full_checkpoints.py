@@ -29,6 +29,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mpo_hf import MixturePolicyModel
+from mpo_hf.compat import CACHE_NAME
 from mpo_hf.pooling import log_linear_pool
 
 
@@ -66,12 +67,12 @@ def filled_cache(config, layers: int, rows: int, context: int) -> DynamicCache:
 
 def step_of_mixture(mixture: MixturePolicyModel, ids: torch.Tensor, context: int) -> Step:
     cache = DynamicCache(config=mixture.config)
-    mixture(ids, past_key_values=cache)
+    mixture(ids, cache=cache)
     config = mixture.config.decoder_configs[0]
     shape = (len(ids), config.num_key_value_heads, context, config.head_dim)
     for layer in cache.layers:
         layer.update(torch.randn(shape), torch.randn(shape))
-    return lambda: mixture(ids, past_key_values=cache).logits
+    return lambda: mixture(ids, cache=cache).logits
 
 
 def make_steps(models: list[PreTrainedModel], batch_size: int, context: int, rank: int) -> dict[str, Step]:
@@ -93,7 +94,7 @@ def make_steps(models: list[PreTrainedModel], batch_size: int, context: int, ran
 
     def forward(model: PreTrainedModel, cache: DynamicCache) -> torch.Tensor:
         with torch.no_grad():  # which is a setting of each thread
-            return model(ids, past_key_values=cache).logits
+            return model(ids, **{CACHE_NAME: cache}).logits
 
     def run_threads() -> torch.Tensor:
         return log_linear_pool(list(pool.map(forward, models, own_caches)), torch.tensor(weights))
@@ -102,7 +103,7 @@ def make_steps(models: list[PreTrainedModel], batch_size: int, context: int, ran
         cache = DynamicCache()
         for layer in range(layers):
             cache.update(states[0, layer], states[1, layer], layer)
-        kwargs = {"input_ids": ids, "past_key_values": cache, "position_ids": positions}
+        kwargs = {"input_ids": ids, CACHE_NAME: cache, "position_ids": positions}
         return functional_call(empty, (parameters, buffers), kwargs=kwargs).logits
 
     def run_vmap() -> torch.Tensor:

@@ -28,6 +28,7 @@ from .fit_logging import FitLogging
 from .goal import Goal
 from .mpo_config import MPOConfig
 from .opening import check_prompts, objective_names, open_policies, open_tokenizer
+from .progress import show_plain_numbers
 from .rollout_fit import RolloutFit
 from .sampling import CompletionSampling, columns_of
 from .saving import MixtureSaving
@@ -211,6 +212,7 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
         self.rollouts = None
         if args.estimator == "mis":
             self.rollouts = RolloutFit(self, self._rollout_store(), self._given_store)
+        show_plain_numbers(self)
         self.add_callback(_FitState)
         self.add_callback(_MirrorDescentCallback(self))
 
