@@ -117,7 +117,7 @@ class MixtureGenerationMixin(GenerationMixin):
                     "all components have in common. Pass it as `assistant_model=model.policy(k)`, without tokenizers."
                 )
         if generation_config.do_sample and "assistant_tokenizer" in generation_mode_kwargs:
-            # Transformers (5.23) pairs the assistant's logits with the wrong tokens, so that samples are biased
+            # Transformers (5.24) pairs the assistant's logits with the wrong tokens, so that samples are biased
             raise ValueError(
                 "With `assistant_tokenizer`, a mixture is decoded greedily only: sampling would not draw from the mixture. "
                 "Leave the assistant out, or take one with the tokenizer of the mixture."

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
+import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -30,6 +31,11 @@ from mpo_hf import MixturePolicyModel
 
 
 VOCAB, PAD, BOS, EOS = 32, 0, 1, 2
+# Prompts of different lengths, for batches with padding.
+PROMPTS = [[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30], [BOS, 6, 6, 19, 27]]
+# Float32 arithmetic on tiny models: sums of a few dozen products come out up to 5e-5 apart on different processors, which
+# add in different orders. A wrong weight, mask, position or adapter moves a log-probability by 1e-2 and more.
+CLOSE = {"atol": 1e-4, "rtol": 1e-5}
 # Token ids that end a completion in tests where rows should end at different times.
 ENDS = [EOS, 5, 9, 13, 17, 21, 25, 29]
 
@@ -219,6 +225,11 @@ def build_case(kind: str, folder: Path) -> Case:
     # the reference is the base: it runs with the adapters off, and must leave them as they were
     model.reference_policy(torch.tensor([[BOS, 4]]))
     return Case(model, components, weights)
+
+
+def close(expected):
+    """`pytest.approx` with the tolerance of float32 arithmetic."""
+    return pytest.approx(expected, abs=CLOSE["atol"], rel=CLOSE["rtol"])
 
 
 def left_pad(prompts: list[list[int]], pad: int = PAD) -> dict[str, torch.Tensor]:

@@ -9,7 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BOS, VOCAB, fake_hub, load_lora, save_gguf, save_lora, save_tiny, tiny, tiny_tokenizer
+from helpers import (
+    BOS,
+    CLOSE,
+    VOCAB,
+    close,
+    fake_hub,
+    load_lora,
+    save_gguf,
+    save_lora,
+    save_tiny,
+    tiny,
+    tiny_tokenizer,
+)
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
@@ -26,7 +38,6 @@ sys.path.append(str(EXAMPLES))
 from smollm2 import load_base, load_tokenizer  # noqa: E402
 
 
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 IDS = torch.tensor([[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30, 5, 6, 9, 2, 4]])
 NORMS = {
     "llama": ["norm", "input_layernorm", "post_attention_layernorm"],
@@ -86,7 +97,7 @@ def test_low_rank_difference_is_extracted_exactly(architecture, tmp_path):
     torch.testing.assert_close(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(full)), **CLOSE)
     assert {module.rank for module in adapter.report.modules} == {3}
     assert adapter.report.left_out == []
-    assert adapter.report.relative_error < 1e-5
+    assert adapter.report.relative_error < CLOSE["atol"]
     given = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "lora").peft_config
     assert adapter.config.target_modules == set(given["default"].target_modules)
 
@@ -169,7 +180,7 @@ def test_report_agrees_with_what_peft_adds_to_the_weights(pair, tmp_path):
     for module in adapter.report.modules:
         difference = full[module.name].weight - base[module.name].weight
         lost = (difference - loaded[module.name].get_delta_weight("default")).norm() / difference.norm()
-        assert module.relative_error == pytest.approx(lost.item(), rel=1e-3)
+        assert module.relative_error == close(lost.item())
         assert module.rank == loaded[module.name].r["default"]
     described = str(adapter.report)
     assert "q_proj" in described and f"{adapter.report.adapter_parameters:,} of an adapter" in described
@@ -185,7 +196,7 @@ def test_divergence_on_texts_is_that_of_the_models(pair, tokenizer):
         ours, theirs = (model(torch.tensor([ids])).logits.double().log_softmax(-1) for model in (full, base))
         expected += (ours.exp() * (ours - theirs)).sum(-1).flatten().tolist()
     assert report.num_tokens == 5
-    assert report.mean_kl_base == pytest.approx(sum(expected) / 5, rel=1e-4)
+    assert report.mean_kl_base == close(sum(expected) / 5)
     assert 0 < report.mean_kl < report.mean_kl_base
     assert f"KL to the fine-tune  {report.mean_kl:.3g} nats a token" in str(report)
     # a base in memory is left as it was
@@ -218,7 +229,7 @@ def test_sketched_factors_are_as_good_as_the_best(way):
 def assert_same_adapter(adapter, other):
     assert adapter.state_dict.keys() == other.state_dict.keys()
     for name, tensor in adapter.state_dict.items():
-        torch.testing.assert_close(other.state_dict[name], tensor, msg=name)
+        torch.testing.assert_close(other.state_dict[name], tensor, **CLOSE, msg=name)
 
 
 def test_files_are_read_tensor_by_tensor(pair, tmp_path):

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import BOS, fake_hub, load_lora, save_lora, save_tiny, tiny
+from helpers import BOS, CLOSE, fake_hub, load_lora, save_lora, save_tiny, tiny
 from peft import IA3Config, PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -17,7 +17,6 @@ from mpo_hf import MixturePolicyConfig, MixturePolicyModel
 from mpo_hf.component_loading import PolicyHandle
 
 
-CLOSE = {"atol": 1e-6, "rtol": 1e-6}
 IDS = torch.tensor([[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30, 5, 6, 9, 2, 4]])
 
 
@@ -268,7 +267,7 @@ def test_adapters_that_change_their_base_are_refused(settings, tmp_path):
     # what the message proposes
     load_lora(adapter, base).merge_and_unload().save_pretrained(tmp_path / "merged")
     mixture = MixturePolicyModel.from_policies([str(tmp_path / "merged"), harmless])
-    torch.testing.assert_close(logps(mixture.policy(0)), logps(load_lora(adapter, base)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logps(mixture.policy(0)), logps(load_lora(adapter, base)), **CLOSE)
     torch.testing.assert_close(logps(mixture.policy(1)), logps(load_lora(harmless, base)), **CLOSE)
 
 

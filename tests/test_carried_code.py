@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bare_environment import bare_environment, empty_environment, install
+from environments import bare_environment, empty_environment, install
 from helpers import BOS, completions_of, save_lora
 from hub_server import Hub
 from toy import toy_policy, toy_tokenizer

@@ -10,13 +10,14 @@ import copy
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from helpers import BOS, PAD, VOCAB, left_pad, save_lora, save_tiny, tiny
+from helpers import BOS, CLOSE, PAD, VOCAB, left_pad, save_lora, save_tiny, tiny
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
 from transformers import CompileConfig, StaticCache
 
 from mpo_hf import MixturePolicyModel, stacked_rows
+from mpo_hf.compat import CACHE_NAME
 from mpo_hf.mixture_cache import StepCache
 
 
@@ -99,13 +100,13 @@ def test_a_cache_that_was_handed_out_is_an_ordinary_one(pair, prompt):
     config = Recorder().config
     given = {"attention_mask": torch.ones_like(prompt), "return_dict_in_generate": True, **SETTINGS}
     output = pair.generate(prompt, cache_implementation="static", compile_config=config, **given)
-    cache, length = output.past_key_values, output.sequences.shape[1] - 1
+    cache, length = output[CACHE_NAME], output.sequences.shape[1] - 1
     assert type(cache) is StaticCache
     assert [int(layer.get_seq_length()) for layer in cache.layers] == [length] * 2
-    grown = pair.generate(prompt, **given).past_key_values
+    grown = pair.generate(prompt, **given)[CACHE_NAME]
     for layer, other in zip(cache.layers, grown.layers):
-        torch.testing.assert_close(layer.keys[:, :, :length], other.keys)
-        torch.testing.assert_close(layer.values[:, :, :length], other.values)
+        torch.testing.assert_close(layer.keys[:, :, :length], other.keys, **CLOSE)
+        torch.testing.assert_close(layer.values[:, :, :length], other.values, **CLOSE)
 
 
 @torch.no_grad()
@@ -113,11 +114,11 @@ def test_a_cache_that_was_handed_out_is_an_ordinary_one(pair, prompt):
 def test_what_happens_to_a_cache_between_two_steps_is_noticed(pair, change):
     def step(ids, cache):
         given = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(ids.shape[1]).expand(ids.shape)}
-        inputs = pair.prepare_inputs_for_generation(ids, next_sequence_length=1, past_key_values=cache, **given)
-        return type(inputs["past_key_values"]) is StepCache, pair(**inputs).logits[:, -1]
+        inputs = pair.prepare_inputs_for_generation(ids, next_sequence_length=1, cache=cache, **given)
+        return type(inputs[CACHE_NAME]) is StepCache, pair(**inputs).logits[:, -1]
 
     ids, cache = INPUTS["input_ids"][:, :4].clamp(min=3), StaticCache(config=pair.config, max_cache_len=12)
-    pair(ids[:, :3], past_key_values=cache)
+    pair(ids[:, :3], cache=cache)
     assert step(ids, cache)[0]
     if change == "reorder":
         cache.reorder_cache(torch.tensor([2, 0, 1]))
@@ -142,7 +143,7 @@ def test_what_happens_to_a_cache_between_two_steps_is_noticed(pair, change):
         ids = torch.cat([ids, torch.full((ROWS, 1), new)], 1)
         was_joined, logits = step(ids, cache)
         assert was_joined == joined
-        torch.testing.assert_close(logits, pair(ids).logits[:, -1])
+        torch.testing.assert_close(logits, pair(ids).logits[:, -1], **CLOSE)
     assert {int(layer.get_seq_length()) for layer in cache.layers} == {ids.shape[1]}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import EOS, VOCAB, completions_of, greedy, left_pad, save_lora, save_tiny, tiny, tiny_tokenizer
+from helpers import CLOSE, EOS, VOCAB, completions_of, greedy, left_pad, save_lora, save_tiny, tiny, tiny_tokenizer
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -137,7 +137,7 @@ def test_reference_goes_where_it_is_told_or_where_the_first_component_is(policie
         )
         view = model.reference_policy
         assert all(parameter.is_meta == offloaded for parameter in view.parameters())
-        torch.testing.assert_close(view(IDS).logits, expected)
+        torch.testing.assert_close(view(IDS).logits, expected, **CLOSE)
 
 
 def test_device_maps_that_make_no_sense_are_refused(policies, tmp_path):
@@ -160,7 +160,7 @@ def test_dtype_by_component(policies):
     components = [AutoModelForCausalLM.from_pretrained(policies[0])]
     components.append(AutoModelForCausalLM.from_pretrained(policies[1], dtype="bfloat16"))
     logps = [component(IDS).logits.float().log_softmax(-1) for component in components]
-    torch.testing.assert_close(model(IDS).logits, sum(w * logp for w, logp in zip(WEIGHTS, logps)))
+    torch.testing.assert_close(model(IDS).logits, sum(w * logp for w, logp in zip(WEIGHTS, logps)), **CLOSE)
 
 
 @pytest.mark.parametrize("device_map", [{"": "disk"}, IN_PARTS | {"score": "cpu"}], ids=["on disk", "in parts"])
@@ -288,7 +288,7 @@ def test_quantised_components_are_those_quantised_alone(wide, which, tmp_path):
     components = [load(policy, k in which) for k, policy in enumerate(wide)]
     with torch.no_grad():
         logps = [component(IDS).logits.float().log_softmax(-1) for component in components]
-        torch.testing.assert_close(model(IDS).logits, sum(w * logp for w, logp in zip(WEIGHTS, logps)))
+        torch.testing.assert_close(model(IDS).logits, sum(w * logp for w, logp in zip(WEIGHTS, logps)), **CLOSE)
         full = MixturePolicyModel.from_policies(wide, WEIGHTS)
         assert (model(IDS).logits - full(IDS).logits).abs().max() > 1e-3
     assert generate(model) == greedy(components, WEIGHTS, PROMPTS, 5)
@@ -296,9 +296,9 @@ def test_quantised_components_are_those_quantised_alone(wide, which, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(again(IDS).logits, full(IDS).logits)
+        torch.testing.assert_close(again(IDS).logits, full(IDS).logits, **CLOSE)
         again = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=given)
-        torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits, **CLOSE)
 
 
 def test_adapters_go_on_a_quantised_base(wide, tmp_path):
@@ -308,5 +308,5 @@ def test_adapters_go_on_a_quantised_base(wide, tmp_path):
     components = [PeftModel.from_pretrained(load(wide[0], True), adapter).eval() for adapter in adapters]
     with torch.no_grad():
         logps = [component(IDS).logits.log_softmax(-1) for component in components]
-        torch.testing.assert_close(model(IDS).logits, sum(w * logp for w, logp in zip(WEIGHTS, logps)))
+        torch.testing.assert_close(model(IDS).logits, sum(w * logp for w, logp in zip(WEIGHTS, logps)), **CLOSE)
     assert len(model.backbones) == 1 and generate(model) == greedy(components, WEIGHTS, PROMPTS, 5)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from helpers import (
     BOS,
+    CLOSE,
     PAD,
+    PROMPTS,
     VOCAB,
     beam_search,
     completions_of,
@@ -17,13 +19,12 @@ from helpers import (
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
 
 from mpo_hf import MixturePolicyModel
+from mpo_hf.compat import CACHE_NAME
 
 
-PROMPTS = [[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30], [BOS, 6, 6, 19, 27]]
 STEPS = 8
 # Enough tokens that end a completion for rows to end at different times.
 ENDS = [2, 3, 8, 12, 17, 29]
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
 def generate(model, prompts=PROMPTS, steps=STEPS, **kwargs):
@@ -75,7 +76,7 @@ def test_one_prompt_needs_no_mask(case):
 
 def test_growing_cache_of_the_users_own_is_filled(case):
     cache = DynamicCache()
-    assert generate(case.model, past_key_values=cache) == expected_greedy(case)
+    assert generate(case.model, cache=cache) == expected_greedy(case)
     assert cache.get_seq_length() > 0
 
 
@@ -89,7 +90,7 @@ def test_a_loop_by_hand_prepares_inputs_from_ids_mask_and_cache(case, kind):
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     for step in range(STEPS):
         prepared = case.model.prepare_inputs_for_generation(
-            ids if step == 0 else ids[:, -1:], attention_mask=mask, past_key_values=cache, is_first_iteration=step == 0
+            ids if step == 0 else ids[:, -1:], attention_mask=mask, cache=cache, is_first_iteration=step == 0
         )
         token = case.model(**prepared).logits[:, -1].argmax(-1, keepdim=True)
         ids, mask = torch.cat([ids, token], dim=1), torch.cat([mask, torch.ones_like(token)], dim=1)
@@ -284,10 +285,8 @@ def test_generation_continues_from_a_returned_cache(case):
     more = torch.tensor([[5, 9], [21, 4], [13, 13]])
     ids = torch.cat([first.sequences, more], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, 5, dtype=torch.long)], 1)
-    seen = first.past_key_values.get_seq_length()
-    second = case.model.generate(
-        ids, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=4, **settings
-    )
+    seen = first[CACHE_NAME].get_seq_length()
+    second = case.model.generate(ids, attention_mask=mask, cache=first[CACHE_NAME], max_new_tokens=4, **settings)
     prompts = [p + row + new for p, row, new in zip(PROMPTS, completions_of(first.sequences, inputs), more.tolist())]
     assert seen == inputs["input_ids"].shape[1] + 2  # the last token of the first call has not been read yet
     assert second.sequences[:, ids.shape[1] :].tolist() == greedy(case.components, case.weights, prompts, 4, ends=())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import save_lora
+from helpers import CLOSE, save_lora
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from toy import toy_policy, toy_tokenizer
@@ -99,7 +99,7 @@ def config_of(hub: Hub, repo_id: str, revision: str = "main") -> dict:
 
 
 def assert_equal(actual: list, expected: list) -> None:
-    torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), **CLOSE)
 
 
 # ---- pushing a model ----

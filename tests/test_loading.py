@@ -6,13 +6,11 @@ import shutil
 
 import pytest
 import torch
-from helpers import BOS, VOCAB, fake_hub, load_lora, save_gguf, save_tiny, tiny
+from helpers import BOS, CLOSE, VOCAB, fake_hub, load_lora, save_gguf, save_tiny, tiny
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     LlamaForSequenceClassification,
-    MambaConfig,
-    MambaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -20,7 +18,6 @@ from transformers import (
 from mpo_hf import MixtureComponent, MixturePolicyConfig, MixturePolicyModel
 
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 IDS = torch.tensor([[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30, 5, 6, 9, 2, 4]])
 
 
@@ -303,14 +300,6 @@ def test_only_causal_language_models_can_be_mixed(tmp_path):
             MixturePolicyModel.from_policies([model])
     with pytest.raises(ValueError, match="must be a PreTrainedModel or a PeftModel, got Linear"):
         MixturePolicyModel.from_policies([torch.nn.Linear(2, 2)])
-
-
-def test_models_with_a_state_of_their_own_are_refused(tmp_path):
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4))
-    mamba.save_pretrained(tmp_path / "mamba")
-    for policy in (mamba, str(tmp_path / "mamba")):
-        with pytest.raises(ValueError, match="MambaForCausalLM.*cache of its own kind"):
-            MixturePolicyModel.from_policies([policy])
 
 
 def test_pickled_weights_are_opened_only_when_told_to(tmp_path):

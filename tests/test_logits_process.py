@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import EOS, SIZES, VOCAB, tiny
+from helpers import CLOSE, EOS, SIZES, VOCAB, tiny
 from transformers import (
     Lfm2Config,
     Lfm2ForCausalLM,
@@ -455,7 +455,7 @@ def test_whatever_comes_next_the_cache_follows(policy, gpt2, qwen2):
     with Fed(qwen2) as shapes:
         for _ in range(150):
             scores = torch.randn(len(ids), VOCAB, generator=rng)
-            torch.testing.assert_close(cached(ids, scores), plain(ids, scores), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(cached(ids, scores), plain(ids, scores), **CLOSE)
             ids = random_step(rng, ids)
     cached_fed, plain_fed = (sum(length for _, length in shapes[i::2]) for i in (0, 1))
     assert cached_fed < plain_fed / 2
@@ -467,7 +467,7 @@ def test_token_ids_that_are_changed_in_place(gpt2):
     cached(ids[:, :5], scores)
     cached(ids[:, :6], scores)
     ids[:, 5] = 4
-    torch.testing.assert_close(cached(ids[:, :7], scores), plain(ids[:, :7], scores))
+    torch.testing.assert_close(cached(ids[:, :7], scores), plain(ids[:, :7], scores), **CLOSE)
     cached.attention_mask = torch.ones(3, 5)
     cached(ids[:, :5], scores)
     ids[:, 0] = 4
@@ -542,9 +542,9 @@ def test_scores_are_normalised_log_probabilities(gpt2):
     ids, scores = prompts()["input_ids"], torch.randn(3, VOCAB) * 5
     processor = MixtureLogitsProcessor([gpt2], WEIGHTS[1])
     logps = processor(ids, scores)
-    torch.testing.assert_close(logps.logsumexp(-1), torch.zeros(3))
-    torch.testing.assert_close(processor(ids, scores.log_softmax(-1)), logps, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(processor(ids, scores.double()), logps.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logps.logsumexp(-1), torch.zeros(3), **CLOSE)
+    torch.testing.assert_close(processor(ids, scores.log_softmax(-1)), logps, **CLOSE)
+    torch.testing.assert_close(processor(ids, scores.double()), logps.double(), **CLOSE)
     assert processor(ids, scores.bfloat16()).dtype == torch.float32
     assert not logps.requires_grad
 

@@ -4,15 +4,12 @@ import itertools
 
 import pytest
 import torch
-from helpers import ADAPTER_KINDS, BOS, MEMORY_KINDS, VOCAB, left_pad, pooled_logps, tiny
+from helpers import ADAPTER_KINDS, CLOSE, MEMORY_KINDS, PROMPTS, VOCAB, left_pad, pooled_logps, tiny
 from transformers import DynamicCache, StaticCache
 
 from mpo_hf import MixturePolicyModel
+from mpo_hf.compat import CACHE_NAME
 from mpo_hf.pooling import log_normalizer
-
-
-PROMPTS = [[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30], [BOS, 6, 6, 19, 27]]
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
 @torch.no_grad()
@@ -98,10 +95,10 @@ def test_token_level_mixture_times_its_normalisers_is_the_product_of_policies(ca
     log_w = log_normalizer(pooled)[:, len(prompt) - 1 : -1].sum(-1)
     policies = [of_tokens(c(input_ids=ids).logits.double().log_softmax(-1)) for c in case.components]
     product = sum(weight * policy for weight, policy in zip(case.weights, policies))
-    torch.testing.assert_close(tokens + log_w, product, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(tokens.logsumexp(0), torch.zeros((), dtype=torch.float64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(tokens + log_w, product, **CLOSE)
+    torch.testing.assert_close(tokens.logsumexp(0), torch.zeros((), dtype=torch.float64), **CLOSE)
     dual = product.logsumexp(0)
-    torch.testing.assert_close((tokens.exp() * log_w.exp()).sum(), dual.exp(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close((tokens.exp() * log_w.exp()).sum(), dual.exp(), **CLOSE)
     assert dual < -0.01  # F < 0 inside the simplex, where policies differ
 
 
@@ -111,8 +108,8 @@ def test_cached_equals_uncached(case, chunks, ids):
     expected = all_logits(case.components, ids, case.weights)
     cache, logits = None, []
     for chunk in ids.split(chunks, dim=1):
-        output = case.model(chunk, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = case.model(chunk, cache=cache, use_cache=True)
+        cache = output[CACHE_NAME]
         logits.append(output.logits)
     assert cache.get_seq_length() == 9
     torch.testing.assert_close(torch.cat(logits, 1), expected, **CLOSE)
@@ -128,10 +125,10 @@ def test_every_stock_cache_gives_the_same_logits(case, make, ids):
         "static": lambda: StaticCache(config=config, max_cache_len=12),
     }[make]()
     mask = torch.ones(3, 5, dtype=torch.long)
-    logits = [case.model(ids[:, :5], attention_mask=mask, past_key_values=cache).logits]
+    logits = [case.model(ids[:, :5], attention_mask=mask, cache=cache).logits]
     for t in range(5, 9):
         mask = torch.ones(3, t + 1, dtype=torch.long)
-        logits.append(case.model(ids[:, t : t + 1], attention_mask=mask, past_key_values=cache).logits)
+        logits.append(case.model(ids[:, t : t + 1], attention_mask=mask, cache=cache).logits)
     torch.testing.assert_close(torch.cat(logits, 1), all_logits(case.components, ids, case.weights), **CLOSE)
 
 
@@ -151,11 +148,11 @@ def test_left_padded_rows_continue_from_a_cache_as_if_alone(case):
     inputs, cache = left_pad(PROMPTS), None
     mask, new = inputs["attention_mask"], inputs["input_ids"]
     for step in range(4):
-        output = case.model(new, attention_mask=mask, past_key_values=cache, use_cache=True)
+        output = case.model(new, attention_mask=mask, cache=cache, use_cache=True)
         prefixes = [prompt + row[:step] for prompt, row in zip(PROMPTS, tokens)]
         expected = pooled_logps(case.components, case.weights, prefixes).float()
         torch.testing.assert_close(output.logits[:, -1], expected, **CLOSE)
-        cache = output.past_key_values
+        cache = output[CACHE_NAME]
         mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
         new = torch.tensor([row[step : step + 1] for row in tokens]) if step < 3 else None
 
@@ -175,7 +172,7 @@ def test_cache_can_be_reordered_selected_and_repeated(case, ids):
     expected = all_logits(case.components, ids[:, :7], case.weights)[:, -1]
 
     def filled():
-        return case.model(prompt, use_cache=True).past_key_values
+        return case.model(prompt, use_cache=True)[CACHE_NAME]
 
     order = torch.tensor([2, 0, 1])
     order = torch.tensor([2, 0, 1])
@@ -187,23 +184,23 @@ def test_cache_can_be_reordered_selected_and_repeated(case, ids):
     for change, argument, rows in changes:
         cache = filled()
         getattr(cache, change)(argument)
-        logits = case.model(last[rows], past_key_values=cache).logits[:, -1]
+        logits = case.model(last[rows], cache=cache).logits[:, -1]
         torch.testing.assert_close(logits, expected[rows], **CLOSE)
 
 
 @torch.no_grad()
 def test_static_cache_can_be_reset_and_used_again(case, ids):
     cache = StaticCache(config=case.model.config, max_cache_len=12)
-    first = case.model(ids, past_key_values=cache).logits
+    first = case.model(ids, cache=cache).logits
     cache.reset()
-    again = case.model(ids, past_key_values=cache).logits
+    again = case.model(ids, cache=cache).logits
     torch.testing.assert_close(again, first, **CLOSE)
 
 
 @torch.no_grad()
 def test_growing_cache_can_be_cropped(case, ids):
-    cache = case.model(ids, past_key_values=DynamicCache()).past_key_values
+    cache = case.model(ids, cache=DynamicCache())[CACHE_NAME]
     cache.crop(-3)
     assert cache.get_seq_length() == 6
-    logits = case.model(ids[:, 6:], past_key_values=cache).logits
+    logits = case.model(ids[:, 6:], cache=cache).logits
     torch.testing.assert_close(logits, all_logits(case.components, ids, case.weights)[:, 6:], **CLOSE)

@@ -2,15 +2,12 @@
 
 import pytest
 import torch
-from helpers import BOS, PAD, VOCAB, greedy, left_pad, pooled_logps, tiny
+from helpers import CLOSE, PAD, PROMPTS, VOCAB, greedy, left_pad, pooled_logps, tiny
 from transformers import BloomConfig, BloomForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mpo_hf import MixturePolicyConfig, MixturePolicyModel
-
-
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
-PROMPTS = [[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30], [BOS, 6, 6, 19, 27]]
+from mpo_hf.compat import CACHE_NAME
 
 
 @pytest.fixture
@@ -48,9 +45,9 @@ def test_loss_is_the_cross_entropy_of_the_renormalised_mixture(case, ids):
     output = case.model(ids, labels=labels)
     logps = output.logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
     counted = labels[:, 1:] != -100
-    torch.testing.assert_close(output.loss, -logps[counted].mean())
+    torch.testing.assert_close(output.loss, -logps[counted].mean(), **CLOSE)
     summed = case.model(ids, labels=labels, num_items_in_batch=torch.tensor(7)).loss
-    torch.testing.assert_close(summed, -logps[counted].sum() / 7)
+    torch.testing.assert_close(summed, -logps[counted].sum() / 7, **CLOSE)
 
 
 def test_loss_has_gradients_to_every_component_that_counts(ids):
@@ -206,7 +203,7 @@ def test_weights_of_the_model_can_be_assigned(ids):
     model.mixture_weights = [0.0, 0.25, 0.75]
     assert model.mixture_weights.tolist() == [0.0, 0.25, 0.75] == model.config.mixture_weights
     assert model.mixture_weights.dtype == torch.float32
-    torch.testing.assert_close(model(ids).logits, model(ids, mixture_weights=[0.0, 0.25, 0.75]).logits)
+    torch.testing.assert_close(model(ids).logits, model(ids, mixture_weights=[0.0, 0.25, 0.75]).logits, **CLOSE)
     with pytest.raises(ValueError, match="sum to 1"):
         model.mixture_weights = [0.5, 0.5, 0.5]
     assert model.config.mixture_weights == [0.0, 0.25, 0.75]
@@ -235,7 +232,7 @@ def test_off_simplex_mixtures_extrapolate(ids):
     model = MixturePolicyModel.from_policies(policies, [1.5, -1.0], allow_off_simplex=True)
     expert, amateur = (policy(ids).logits.log_softmax(-1) for policy in policies)
     torch.testing.assert_close(model(ids).logits, 1.5 * expert - amateur, **CLOSE)
-    torch.testing.assert_close(model(ids, mixture_weights=[-1, 3]).logits, 3 * amateur - expert, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(model(ids, mixture_weights=[-1, 3]).logits, 3 * amateur - expert, **CLOSE)
 
 
 # ---- outputs ----
@@ -247,10 +244,10 @@ def test_tuples_hold_what_the_output_class_holds(ids):
     output = model(ids, labels=ids)
     assert isinstance(output, CausalLMOutputWithPast)
     loss, logits, cache = model(ids, labels=ids, return_dict=False)
-    torch.testing.assert_close((loss, logits), (output.loss, output.logits))
+    torch.testing.assert_close((loss, logits), (output.loss, output.logits), **CLOSE)
     assert isinstance(cache, DynamicCache)
     (logits,) = model(ids, return_dict=False, use_cache=False)
-    torch.testing.assert_close(logits, output.logits)
+    torch.testing.assert_close(logits, output.logits, **CLOSE)
 
 
 @torch.no_grad()
@@ -260,7 +257,7 @@ def test_hidden_states_are_those_of_the_components_that_run(ids):
     running = [model.backbones[0], model.backbones[2]]
     expected = [state for backbone in running for state in backbone(ids, output_hidden_states=True).hidden_states]
     assert len(states) == 6
-    torch.testing.assert_close(list(states), expected)
+    torch.testing.assert_close(list(states), expected, **CLOSE)
     assert model(ids).hidden_states is None and model(ids).attentions is None
 
 
@@ -272,7 +269,7 @@ def test_attentions_are_those_of_the_components_that_run(ids):
     running = [model.backbones[0], model.backbones[2]]
     expected = [state for backbone in running for state in backbone(ids, output_attentions=True).attentions]
     assert len(attentions) == 4
-    torch.testing.assert_close(list(attentions), expected)
+    torch.testing.assert_close(list(attentions), expected, **CLOSE)
 
 
 @torch.no_grad()
@@ -286,11 +283,11 @@ def test_hidden_states_can_be_asked_for_by_the_config(ids):
 @torch.no_grad()
 def test_cache_comes_back_only_when_it_is_wanted(ids):
     model = three()
-    assert model(ids, use_cache=False).past_key_values is None
-    assert model(ids).past_key_values.get_seq_length() == 9
+    assert model(ids, use_cache=False).get(CACHE_NAME) is None
+    assert model(ids)[CACHE_NAME].get_seq_length() == 9
     model.config.use_cache = False
-    assert model(ids).past_key_values is None
-    assert model(ids, use_cache=True).past_key_values.get_seq_length() == 9
+    assert model(ids).get(CACHE_NAME) is None
+    assert model(ids, use_cache=True)[CACHE_NAME].get_seq_length() == 9
 
 
 # ---- caches ----
@@ -305,19 +302,19 @@ def test_cache_refuses_weights_that_wake_a_component(make, ids):
         "growing": DynamicCache,
         "static": lambda: StaticCache(config=model.config, max_cache_len=16),
     }[make]()
-    model(ids[:, :5], past_key_values=cache)
+    model(ids[:, :5], cache=cache)
     with pytest.raises(ValueError, match=r"components \[0, 2\] only.*also run \[1\]"):
-        model(ids[:, 5:], past_key_values=cache, mixture_weights=[0.2, 0.4, 0.4])
+        model(ids[:, 5:], cache=cache, mixture_weights=[0.2, 0.4, 0.4])
 
 
 @torch.no_grad()
 def test_cache_keeps_components_that_fall_silent_up_to_date(ids):
     model = three([0.5, 0.2, 0.3])
     runs = count_runs(model)
-    cache = model(ids[:, :4]).past_key_values
-    model(ids[:, 4:7], past_key_values=cache, mixture_weights=[0, 0, 1])
+    cache = model(ids[:, :4])[CACHE_NAME]
+    model(ids[:, 4:7], cache=cache, mixture_weights=[0, 0, 1])
     assert runs == [2, 2, 2]
-    logits = model(ids[:, 7:], past_key_values=cache).logits
+    logits = model(ids[:, 7:], cache=cache).logits
     torch.testing.assert_close(logits, model(ids, use_cache=False).logits[:, 7:], **CLOSE)
 
 
@@ -326,25 +323,25 @@ def test_cache_keeps_components_that_fall_silent_up_to_date(ids):
 def test_cache_of_another_model_is_refused(build, ids):
     other = tiny("qwen2", 9)
     cache = build(other.config)
-    other(ids[:, :4], past_key_values=cache)
+    other(ids[:, :4], cache=cache)
     with pytest.raises(ValueError, match="cache holds 4 tokens of a model that is not this mixture"):
-        three()(ids[:, 4:], past_key_values=cache)
+        three()(ids[:, 4:], cache=cache)
 
 
 @torch.no_grad()
 def test_cache_of_another_mixture_is_refused(ids):
     other = MixturePolicyModel.from_policies([tiny("llama", 1), tiny("gemma3", 2)])
     for cache in (
-        other(ids[:, :4]).past_key_values,
-        other(ids[:, :4], past_key_values=DynamicCache()).past_key_values,
+        other(ids[:, :4])[CACHE_NAME],
+        other(ids[:, :4], cache=DynamicCache())[CACHE_NAME],
     ):
         with pytest.raises(ValueError, match="cache.*5 layers.*components"):
-            MixturePolicyModel.from_policies([tiny("llama", 1), tiny("gpt2", 2)])(ids[:, 4:], past_key_values=cache)
+            MixturePolicyModel.from_policies([tiny("llama", 1), tiny("gpt2", 2)])(ids[:, 4:], cache=cache)
 
 
 def test_empty_cache_of_another_shape_is_refused(ids):
     with pytest.raises(ValueError, match="cache.*2 layers.*components"):
-        three()(ids, past_key_values=DynamicCache(config=tiny("qwen2", 9).config))
+        three()(ids, cache=DynamicCache(config=tiny("qwen2", 9).config))
 
 
 # ---- token ids and embeddings ----
@@ -355,7 +352,7 @@ def test_padding_ids_beyond_the_common_vocabulary_are_accepted_under_the_mask():
     policies = [tiny("llama", 1), tiny("gpt2", 2, vocab_size=VOCAB + 1)]
     model = MixturePolicyModel.from_policies(policies, vocab_size=VOCAB)
     foreign, usual = left_pad(PROMPTS, pad=VOCAB), left_pad(PROMPTS, pad=PAD)
-    torch.testing.assert_close(model(**foreign).logits[:, -1], model(**usual).logits[:, -1])
+    torch.testing.assert_close(model(**foreign).logits[:, -1], model(**usual).logits[:, -1], **CLOSE)
     unmasked = foreign["input_ids"]
     for mask in (None, torch.ones_like(unmasked)):
         with pytest.raises(ValueError, match=f"token id {VOCAB} is not among the {VOCAB}"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import PAD, left_pad, tiny
+from helpers import CLOSE, PAD, left_pad, tiny
 from torch import nn
 
 from mpo_hf import MixturePolicyModel
@@ -22,11 +22,11 @@ def test_head_gives_the_distribution_of_the_logits(case):
     inputs = left_pad(PROMPTS)
     seen = inputs["attention_mask"].bool()
     expected = case.model(**inputs).logits.log_softmax(-1)
-    torch.testing.assert_close(logps_by_head(case.model, inputs)[seen], expected[seen], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logps_by_head(case.model, inputs)[seen], expected[seen], **CLOSE)
     # weights that are set later count, also where they take a component out
     before, case.model.mixture_weights = case.model.mixture_weights, [0.0] * (len(case.weights) - 1) + [1.0]
     expected = case.model(**inputs).logits.log_softmax(-1)
-    torch.testing.assert_close(logps_by_head(case.model, inputs)[seen], expected[seen], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logps_by_head(case.model, inputs)[seen], expected[seen], **CLOSE)
     case.model.mixture_weights = before
 
 
@@ -40,7 +40,7 @@ def test_biases_and_larger_vocabularies(share):
     policies = [policies[0]] * 2 if share else policies
     model = MixturePolicyModel.from_policies(policies, [0.3, 0.7], vocab_size=32)
     inputs = {"input_ids": torch.tensor([[1, 4, 5, 6]])}
-    torch.testing.assert_close(logps_by_head(model, inputs), model(**inputs).logits.log_softmax(-1))
+    torch.testing.assert_close(logps_by_head(model, inputs), model(**inputs).logits.log_softmax(-1), **CLOSE)
     assert model.get_output_embeddings().in_features == (16 if share else 32)
 
 
@@ -54,4 +54,4 @@ def test_padding_has_no_say():
     model = MixturePolicyModel.from_policies([tiny("llama", 1), tiny("gpt2", 2)])
     alone = logps_by_head(model, {"input_ids": torch.tensor([PROMPTS[1]])})[0]
     padded = logps_by_head(model, left_pad(PROMPTS, pad=PAD))[1]
-    torch.testing.assert_close(padded[-2:], alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(padded[-2:], alone, **CLOSE)

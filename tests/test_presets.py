@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import CLOSE
 from toy import toy_policy
 
 from mpo_hf import MixturePolicyConfig, MixturePolicyModel
@@ -28,7 +29,7 @@ def test_realignment_interpolates_and_extrapolates(policies, ids):
     for strength in (0.0, 0.4, 1.0, 2.5):
         expected = p ** (1 - strength) * q**strength
         model = MixturePolicyModel.from_realignment(reference, aligned, strength)
-        torch.testing.assert_close(probabilities(model, ids), expected / expected.sum(-1, keepdim=True))
+        torch.testing.assert_close(probabilities(model, ids), expected / expected.sum(-1, keepdim=True), **CLOSE)
     assert model.reference_policy is not None
 
 
@@ -36,7 +37,7 @@ def test_proxy_tuning_adds_the_difference_of_small_models(policies, ids):
     base, expert, anti = (probabilities(policy, ids) for policy in policies)
     expected = base * (expert / anti) ** 0.7
     model = MixturePolicyModel.from_proxy_tuning(*policies, strength=0.7)
-    torch.testing.assert_close(probabilities(model, ids), expected / expected.sum(-1, keepdim=True))
+    torch.testing.assert_close(probabilities(model, ids), expected / expected.sum(-1, keepdim=True), **CLOSE)
 
 
 def test_contrast_keeps_to_what_the_expert_finds_plausible(policies, ids):
@@ -45,7 +46,7 @@ def test_contrast_keeps_to_what_the_expert_finds_plausible(policies, ids):
     assert 0 < plausible.sum() < plausible.numel()
     expected = torch.where(plausible, expert**1.5 * amateur**-0.5, torch.zeros(()))
     model = MixturePolicyModel.from_contrast(*policies[:2], penalty=0.5, plausibility=0.3)
-    torch.testing.assert_close(probabilities(model, ids), expected / expected.sum(-1, keepdim=True))
+    torch.testing.assert_close(probabilities(model, ids), expected / expected.sum(-1, keepdim=True), **CLOSE)
     cached = model.generate(ids, max_new_tokens=8, do_sample=False)
     assert torch.equal(cached, model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False))
 
@@ -55,7 +56,7 @@ def test_a_preset_survives_saving(policies, ids, tmp_path):
     model.save_pretrained(tmp_path)
     opened = MixturePolicyModel.from_pretrained(tmp_path)
     assert opened.config.plausibility == 0.3 and opened.config.mixture_weights == [1.5, -0.5]
-    torch.testing.assert_close(probabilities(opened, ids), probabilities(model, ids))
+    torch.testing.assert_close(probabilities(opened, ids), probabilities(model, ids), **CLOSE)
 
 
 def test_plausibility_needs_the_component_that_judges(policies, ids):

@@ -23,6 +23,7 @@ OVERRIDDEN = {
         "_expand_inputs_for_generation",
         "_get_candidate_generator",
         "_get_logits_processor",
+        "_get_static_cache_init_shape",
         "_prepare_cache_for_generation",
         "_prepare_generation_config",
         "_supports_attention_backend",
@@ -42,7 +43,7 @@ OVERRIDDEN = {
 # private attributes of objects that are not ours, by file
 USED = {
     "cli/parser.py": {"_StoreFalseAction", "_actions"},
-    "component_loading.py": {"_commit_hash"},
+    "component_loading.py": {"_commit_hash", "_supports_default_dynamic_cache"},
     "hub.py": {"_auto_class"},
     "mixture_building.py": {"_attn_implementation"},
     "stacked_cache.py": {"_dynamo"},

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import BOS, greedy, save_lora, save_tiny, tiny
+from helpers import BOS, CLOSE, greedy, save_lora, save_tiny, tiny
 from torch import nn
 from transformers import GenerationConfig
 
@@ -63,7 +63,7 @@ def test_adapters_are_taken_up_again_when_they_get_weight(stacked):
     for weights in ([0.5, 0.0, 0.5], [0.2, 0.3, 0.5], [0.0, 0.0, 1.0], [0.2, 0.3, 0.5]):
         stacked.mixture_weights = weights
         expected = sum(w * policy(IDS).logits for w, policy in zip(weights, policies))
-        torch.testing.assert_close(stacked(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(stacked(IDS).logits, expected, **CLOSE)
 
 
 @pytest.mark.parametrize(

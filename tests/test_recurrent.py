@@ -21,8 +21,10 @@ from transformers import (
     DynamicCache,
     FalconMambaConfig,
     JambaConfig,
+    Lfm2Config,
     Mamba2Config,
     MambaConfig,
+    Qwen3NextConfig,
     StaticCache,
     xLSTMConfig,
 )
@@ -145,6 +147,30 @@ def test_prompts_in_chunks_are_right_or_refused():
     alone = MixturePolicyModel.from_policies(components(("mamba2", "mamba2")))
     with pytest.raises(ValueError, match="`prefill_chunk_size=3` needs a cache that tells"):
         generate(alone, prefill_chunk_size=3)
+
+
+HYBRIDS = {
+    "qwen3_next": (
+        Qwen3NextConfig,
+        {
+            **{"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+            **{"shared_expert_intermediate_size": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2},
+            **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "lfm2": (Lfm2Config, {"layer_types": ["conv", "full_attention"]}),
+}
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+@pytest.mark.parametrize("way", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 3}], ids=str)
+def test_padding_is_none_of_the_text_for_layers_of_both_kinds(kind, way):
+    config, own = HYBRIDS[kind]
+    torch.manual_seed(1)
+    policies = [AutoModelForCausalLM.from_config(config(**{**SIZES, **own})).eval(), tiny("llama", 2)]
+    mixture = MixturePolicyModel.from_policies(policies, WEIGHTS)
+    assert generate(mixture, **way) == greedy(policies, WEIGHTS, PROMPTS, STEPS, ends=())
 
 
 FORGETFUL = {

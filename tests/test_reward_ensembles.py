@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 import torch
+from helpers import close
 from test_rewards import (
     ANSWERS,
     CHATS,
@@ -94,13 +95,13 @@ class TestMembers:
         rewards = ensemble(prompts, completions)
         table = rewards_by_hand(members, prompts, completions)
         assert rewards.dtype == torch.float64 and rewards.shape == (5,)
-        assert rewards.tolist() == pytest.approx([FORMULAS[aggregation](row, coefficient) for row in table], abs=1e-5)
+        assert rewards.tolist() == close([FORMULAS[aggregation](row, coefficient) for row in table])
         columns = [
             ensemble.metrics[name].tolist() for name in ("rm", "LlamaForSequenceClassification", "spec", "length")
         ]
-        assert [list(row) for row in zip(*columns)] == [pytest.approx(row, abs=1e-5) for row in table]
+        assert [list(row) for row in zip(*columns)] == [close(row) for row in table]
         disagreement = [statistics.pstdev(row) for row in table]
-        assert ensemble.metrics["disagreement"].tolist() == pytest.approx(disagreement, abs=1e-5)
+        assert ensemble.metrics["disagreement"].tolist() == close(disagreement)
         assert min(disagreement) > 0.1
 
     def test_columns_reach_every_member(self):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from helpers import CLOSE
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, pre_tokenizers, processors, trainers
 from tokenizers.models import WordLevel
@@ -303,7 +304,7 @@ class TestModels:
         expected = scores_by_hand(model, [p + c for p, c in zip(PROMPTS, COMPLETIONS)])[:, 0]
         rewards = reward(PROMPTS, COMPLETIONS, answer=["ignored"] * 5)
         assert rewards.dtype == torch.float64 and rewards.shape == (5,)
-        torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(rewards, expected, **CLOSE)
         assert rewards.std() > 0.1
         assert reward([], []).shape == (0,)
 
@@ -320,7 +321,7 @@ class TestModels:
         rewards = make_reward(model, tokenizer)(PROMPTS, COMPLETIONS)
         expected = make_reward(make_model())(PROMPTS, COMPLETIONS)
         assert model.config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id
-        torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(rewards, expected, **CLOSE)
         with pytest.raises(ValueError, match="no pad and no EOS token"):
             make_reward(tokenizer=make_tokenizer(pad_token=None, eos_token=None))
 
@@ -341,13 +342,13 @@ class TestModels:
         expected = trainer._calculate_rewards(inputs, prompts, completions, [[0]] * len(prompts))
         functions = make_reward_functions(reward_funcs, processing_classes=[tokenizer, None])
         rewards = torch.stack([function(prompts, completions) for function in functions], dim=-1)
-        torch.testing.assert_close(rewards.float(), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(rewards.float(), expected, **CLOSE)
 
     def test_chat_template_adds_the_special_tokens(self):
         model = make_model()
         texts = [f"<s> user {p} </s> assistant {c} </s> " for p, c in zip(PROMPTS, COMPLETIONS)]
         rewards = make_reward(model)(CHATS, ANSWERS)
-        torch.testing.assert_close(rewards, scores_by_hand(model, texts)[:, 0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(rewards, scores_by_hand(model, texts)[:, 0], **CLOSE)
 
     def test_chat_template_kwargs(self):
         tokenizer = make_tokenizer()
@@ -355,7 +356,7 @@ class TestModels:
         model = make_model()
         rewards = make_reward(model, tokenizer, chat_template_kwargs={"word": "cat "})(CHATS, ANSWERS)
         texts = [tokenizer.apply_chat_template(p + c, tokenize=False, word="cat ") for p, c in zip(CHATS, ANSWERS)]
-        torch.testing.assert_close(rewards, scores_by_hand(model, texts)[:, 0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(rewards, scores_by_hand(model, texts)[:, 0], **CLOSE)
 
     @pytest.mark.parametrize(
         "template, text",
@@ -370,7 +371,7 @@ class TestModels:
         reward = make_reward(model, template=template)
         expected = scores_by_hand(model, [text.format(p=p, c=c) for p, c in zip(PROMPTS, COMPLETIONS)])[:, 0]
         for prompts, completions in ((PROMPTS, COMPLETIONS), (CHATS, ANSWERS)):
-            torch.testing.assert_close(reward(prompts, completions), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(reward(prompts, completions), expected, **CLOSE)
 
     def test_template_braces_in_texts_are_text(self):
         assert make_reward(template="{{{prompt}}} {completion}")._text(0, "{x}", "{prompt}") == "{{x}} {prompt}"
@@ -402,7 +403,7 @@ class TestModels:
         ]
         for kwargs, expected in cases:
             rewards = make_reward(model, **kwargs)(PROMPTS, COMPLETIONS)
-            torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(rewards, expected, **CLOSE)
         for logit in (None, 3, -1, "best"):
             with pytest.raises(ValueError, match="has 3 outputs, and `logit` must say.*'neither'"):
                 make_reward(model, logit=logit)
@@ -439,7 +440,7 @@ class TestModels:
         tokenizer = make_tokenizer(padding_side="left")
         rewards = make_reward(model, tokenizer, add_special_tokens=True)(PROMPTS, COMPLETIONS)
         texts = [f"<s> {p}{c} </s>" for p, c in zip(PROMPTS, COMPLETIONS)]
-        torch.testing.assert_close(rewards, scores_by_hand(model, texts)[:, 0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(rewards, scores_by_hand(model, texts)[:, 0], **CLOSE)
 
     def test_not_a_classifier(self):
         with pytest.raises(ValueError, match="needs a sequence classifier"):
@@ -456,7 +457,7 @@ class TestLoading:
     def test_folder(self, saved):
         reward = make_reward_functions(saved.classifier)[0]
         expected = make_reward(make_model())(PROMPTS, COMPLETIONS)
-        torch.testing.assert_close(reward(PROMPTS, COMPLETIONS), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(reward(PROMPTS, COMPLETIONS), expected, **CLOSE)
 
     def test_loaded_model_finds_its_tokenizer(self, saved):
         model = LlamaForSequenceClassification.from_pretrained(saved.classifier)
@@ -472,14 +473,14 @@ class TestLoading:
         expected = self.expected(base, adapter)
         for spec in specs:
             rewards = make_reward_functions(spec)[0](PROMPTS, COMPLETIONS)
-            torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(rewards, expected, **CLOSE)
 
     def test_peft_model_as_it_is(self, saved):
         base = LlamaForSequenceClassification.from_pretrained(saved.classifier)
         model = PeftModel.from_pretrained(base, saved.over_cls)
         rewards = make_reward_functions(model)[0](PROMPTS, COMPLETIONS)
         expected = self.expected(saved.classifier, saved.over_cls)
-        torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(rewards, expected, **CLOSE)
 
     def test_tokenizer_of_adapter_before_that_of_model(self, saved, tmp_path):
         def path(spec) -> str:
@@ -503,7 +504,7 @@ class TestLoading:
         assert reward.name == "lora"
         assert ModelReward(RewardModelSpec(tmp_path, subfolder="harmless")).name == "harmless"
         expected = self.expected(saved.classifier, saved.over_cls)
-        torch.testing.assert_close(reward(PROMPTS, COMPLETIONS), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(reward(PROMPTS, COMPLETIONS), expected, **CLOSE)
 
     def test_a_head_that_would_be_random(self, saved):
         spec = RewardModelSpec(saved.language_model, processing_class=make_tokenizer(), logit=0)

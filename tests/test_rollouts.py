@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import BOS, EOS, PAD, SIZES, VOCAB, load_lora, save_lora, save_tiny, tiny
+from helpers import BOS, CLOSE, EOS, PAD, SIZES, VOCAB, close, load_lora, save_lora, save_tiny, tiny
 from toy import LENGTH, PROMPTS, VOCAB_SIZE, enumerate_completions, sequence_logps, toy_policy, toy_tokenizer
 from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
@@ -76,15 +76,15 @@ def test_log_probabilities_are_those_of_the_definition(policies, mixture, temper
     completions = sample(mixture, PROMPTS[:2], 5, temperature=temperature)
     views = [mixture.policy(k) for k in range(2)]
     logps = completion_logps(views, completions, batch_size=3)
-    torch.testing.assert_close(logps, completion_logps(views, completions, batch_size=1000))
+    torch.testing.assert_close(logps, completion_logps(views, completions, batch_size=1000), **CLOSE)
     for row in range(10):
         prompt, completion = completions.prompt_ids[row].tolist(), completions.completion_ids[row]
         expected = [sequence_logps(policy, prompt, completion[None])[0].item() for policy in policies]
-        assert logps[row].tolist() == pytest.approx(expected, abs=1e-4)
-        assert completions.pooled_logps[row].item() == pytest.approx(0.3 * expected[0] + 0.7 * expected[1], abs=1e-4)
+        assert logps[row].tolist() == close(expected)
+        assert completions.pooled_logps[row].item() == close(0.3 * expected[0] + 0.7 * expected[1])
         if row % 5 == 0:
             table = token_level_mixture(policies, [0.3, 0.7], prompt, temperature)
-        assert completions.proposal_logps[row].item() == pytest.approx(table[tuple(completion.tolist())], abs=1e-4)
+        assert completions.proposal_logps[row].item() == close(table[tuple(completion.tolist())])
 
 
 def test_padding_and_end_tokens_do_not_count(policies):
@@ -101,8 +101,8 @@ def test_padding_and_end_tokens_do_not_count(policies):
     logps = completion_logps([policy], completions)
     for row in range(12):
         expected = sequence_logps(policies[0], ids[row // 6], torch.tensor([completions.id_lists()[row]]))
-        assert logps[row, 0].item() == pytest.approx(expected.item(), abs=1e-4)
-        assert completions.proposal_logps[row].item() == pytest.approx(expected.item(), abs=1e-4)
+        assert logps[row, 0].item() == close(expected.item())
+        assert completions.proposal_logps[row].item() == close(expected.item())
 
 
 def test_the_free_weight_takes_token_level_to_sequence_level(policies):
@@ -125,7 +125,6 @@ SOME_COMPLETIONS = [
     [[13, EOS], [5, 8, 9, 10, 11, 12, EOS], [30, 30, 4]],
     [[24, 3, 7, EOS], [6], [9, 9, 9, 9, EOS]],
 ]
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def some_completions(prompts=SOME_PROMPTS, answers=SOME_COMPLETIONS, order=slice(None)):
@@ -315,4 +314,4 @@ def test_weights_by_prompt_are_those_of_all_its_completions(adapters):
     completions = sample_completions(mixture, SOME_PROMPTS, 2, 4, PAD, mixture_weights=weights)
     for row, ids in enumerate(completions.id_lists()):
         expected = alone(models[:2], [(SOME_PROMPTS[row // 2], ids)], weights[row // 2].tolist())
-        assert completions.proposal_logps[row].item() == pytest.approx(expected.item(), abs=1e-5)
+        assert completions.proposal_logps[row].item() == close(expected.item())

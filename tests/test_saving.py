@@ -7,14 +7,13 @@ import shutil
 
 import pytest
 import torch
-from helpers import BOS, SIZES, fake_hub, load_lora, tiny
+from helpers import BOS, CLOSE, SIZES, fake_hub, load_lora, tiny
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from mpo_hf import MixturePolicyConfig, MixturePolicyModel
 
 
-CLOSE = {"atol": 1e-6, "rtol": 1e-6}
 IDS = torch.tensor([[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30, 5, 6, 9, 2, 4]])
 
 
@@ -159,7 +158,7 @@ def test_relative_paths_are_resolved_from_the_folder_of_the_config(movable, fold
         assert os.path.isabs(model.config.components[0].adapter)
         base = AutoModelForCausalLM.from_pretrained(folders.base)
         expected = base(IDS).logits.log_softmax(-1)
-        torch.testing.assert_close(model.reference_policy(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.reference_policy(IDS).logits, expected, **CLOSE)
 
 
 def test_subfolder_of_a_mixture_is_where_its_paths_begin(movable, folders):

@@ -4,11 +4,12 @@ import itertools
 
 import pytest
 import torch
-from helpers import PAD, left_pad, pooled_logps, tiny
+from helpers import CLOSE, PAD, close, left_pad, pooled_logps, tiny
 from toy import LENGTH, PROMPTS, VOCAB_SIZE, TabularPolicy, toy_tokenizer
 from transformers import DynamicCache, StoppingCriteria, TopKLogitsWarper
 
 from mpo_hf import MixturePolicyModel, sequence_level_beam_search, sequential_monte_carlo
+from mpo_hf.compat import CACHE_NAME
 
 
 WEIGHTS = [0.5, 0.3, 0.2]
@@ -154,7 +155,7 @@ def check_log_weights(output, components, weights):
             assert set(particle[length:]) <= {PAD}
             prefixes = [prompt + particle[:t] for t in range(length)]
             expected = pooled_logps(components, weights[row], prefixes).logsumexp(-1).sum()
-            assert log_weight.item() == pytest.approx(expected.item(), abs=1e-4)
+            assert log_weight.item() == close(expected.item())
 
 
 @torch.no_grad()
@@ -188,7 +189,7 @@ def test_caches_follow_their_particles(case, way):
         torch.manual_seed(1)
         outputs.append(generate(case.model, **settings, **kwargs))
     assert torch.equal(outputs[0].particles, outputs[1].particles)
-    torch.testing.assert_close(outputs[0].log_weights, outputs[1].log_weights, atol=1e-4, rtol=0)
+    torch.testing.assert_close(outputs[0].log_weights, outputs[1].log_weights, **CLOSE)
     # resampled before every token, so that no weight is above another
     assert (outputs[0].log_weights == outputs[0].log_weights[:, :1]).all()
 
@@ -201,8 +202,8 @@ def test_a_single_policy_is_sampled_as_ever():
     torch.manual_seed(0)
     plain = generate(model, num_return_sequences=6, custom_generate=None, **settings)
     assert torch.equal(output.particles.flatten(0, 1), plain.sequences)
-    assert output.log_weights.abs().max() < 1e-5
-    assert output.log_normalizer.abs().max() < 1e-5
+    assert output.log_weights.abs().max() < CLOSE["atol"]
+    assert output.log_normalizer.abs().max() < CLOSE["atol"]
     assert output.effective_sample_size.tolist() == pytest.approx([6, 6])
 
 
@@ -227,9 +228,9 @@ def test_stopping_criteria_end_particles(cases):
 def test_a_prompt_may_continue_from_a_cache(cases):
     model = cases("llama+gpt2").model
     prompt = torch.tensor(LONG_AND_SHORT[:1])
-    cache = model(prompt[:, :4], past_key_values=DynamicCache(config=model.config), use_cache=True).past_key_values
+    cache = model(prompt[:, :4], cache=DynamicCache(config=model.config), use_cache=True)[CACHE_NAME]
     torch.manual_seed(0)
-    output = generate(model, prompt, past_key_values=cache, max_new_tokens=6, ess_threshold=1)
+    output = generate(model, prompt, cache=cache, max_new_tokens=6, ess_threshold=1)
     torch.manual_seed(0)
     assert torch.equal(output.particles, generate(model, prompt, max_new_tokens=6, ess_threshold=1).particles)
 
@@ -252,7 +253,7 @@ def test_a_prompt_may_continue_from_a_cache(cases):
         ({"num_particles": 2.5}, "`num_particles`.* got 2.5"),
         ({"ess_threshold": 1.5}, "`ess_threshold`.* got 1.5"),
         ({"proposal_temperature": 0}, "`proposal_temperature`.* got 0"),
-        ({"past_key_values": DynamicCache(), "num_return_sequences": 2}, "`past_key_values`.*num_return_sequences=2"),
+        ({"cache": DynamicCache(), "num_return_sequences": 2}, f"`{CACHE_NAME}`.*num_return_sequences=2"),
         ({"suppress_tokens": list(range(VOCAB_SIZE))}, "prompt 0.*no token may follow"),
         ({"custom_generate": sequence_level_beam_search}, "`num_beams`.* got 1"),
     ],
@@ -289,7 +290,7 @@ def test_beams_find_the_most_likely_completions(mixture, end):
         best = exact.topk(3)
         # by their places, for beam search pads with the end token where the pad token is 0
         assert places(found[row], end).tolist() == best.indices.tolist()
-        assert scores[row].tolist() == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert scores[row].tolist() == close(best.values.tolist())
         stock_place = places(stock.sequences[row, 2:], end)
         assert stock_place == token_level.argmax()
         differ += stock_place.item() != best.indices[0].item()
@@ -305,4 +306,4 @@ def test_scores_of_beams_are_those_of_the_sequence_level_mixture(case):
         prompt = LONG_AND_SHORT[row // 2]
         logps = pooled_logps(case.components, case.weights, [prompt + sequence[:t] for t in range(length)])
         expected = logps.gather(1, torch.tensor(sequence[:length])[:, None]).sum()
-        assert score.item() == pytest.approx(expected.item(), abs=1e-4)
+        assert score.item() == close(expected.item())

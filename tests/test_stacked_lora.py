@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers import BOS, PAD, VOCAB, RoutedLayer, left_pad, load_lora, save_lora, save_tiny, tiny
+from helpers import BOS, CLOSE, PAD, PROMPTS, VOCAB, RoutedLayer, left_pad, load_lora, save_lora, save_tiny, tiny
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
@@ -18,8 +18,6 @@ from mpo_hf.stacked_lora import KEPT_STACKS, AdapterStacks, StackedLoraLinear, s
 from mpo_hf.stacked_rows import MOST_TOKENS
 
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-PROMPTS = [[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30], [BOS, 6, 6, 19, 27]]
 INPUTS = left_pad(PROMPTS)
 IDS = torch.tensor([[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30, 5, 6, 9, 2, 4]])
 
@@ -426,7 +424,7 @@ def test_either_path_goes_on_from_the_cache_of_the_other(pair, kind, lengths):
         for i, length in enumerate(lengths):
             pair.stack_adapters = bool(path >> i & 1)
             ids = IDS[:, start : start + length]
-            logits = pair(ids, past_key_values=cache).logits
+            logits = pair(ids, cache=cache).logits
             torch.testing.assert_close(logits, expected[:, start : start + length], **CLOSE)
             start += length
     pair.stack_adapters = True
@@ -440,7 +438,7 @@ def test_a_cache_may_be_changed_between_two_steps(pair, kind):
         cache, ids = caches(pair)[kind], IDS[:, :3]
         if kind == "static" and change in ("repeat", "select", "crop"):
             continue
-        pair(ids, past_key_values=cache)
+        pair(ids, cache=cache)
         if change == "reorder":
             cache.reorder_cache(torch.tensor([1, 0]))
             ids = ids.flip(0)
@@ -455,14 +453,14 @@ def test_a_cache_may_be_changed_between_two_steps(pair, kind):
             ids = ids[:, :2]
         elif change == "copy":
             original, cache = cache, copy.deepcopy(cache)
-            pair(torch.tensor([[9], [9]]), past_key_values=original)
+            pair(torch.tensor([[9], [9]]), cache=original)
         else:
             cache.reset()
             ids = ids[:, :0]
         for new in (torch.tensor([[4, 12]]), torch.tensor([[21]])):
             new = new.expand(len(ids), -1)
             ids = torch.cat([ids, new], 1)
-            step = pair(new, past_key_values=cache).logits[:, -1]
+            step = pair(new, cache=cache).logits[:, -1]
             torch.testing.assert_close(step, pair(ids).logits[:, -1], **CLOSE)
 
 
@@ -471,9 +469,9 @@ def test_a_cache_grows_beyond_its_room(three):
     mixture, _ = three
     ids = torch.randint(VOCAB, (2, 160), generator=torch.Generator().manual_seed(1))
     cache = DynamicCache(config=mixture.config)
-    mixture(ids[:, :3], past_key_values=cache)
+    mixture(ids[:, :3], cache=cache)
     for i in range(3, 160):
-        logits = mixture(ids[:, i : i + 1], past_key_values=cache).logits
+        logits = mixture(ids[:, i : i + 1], cache=cache).logits
     torch.testing.assert_close(logits[:, -1], mixture(ids).logits[:, -1], **CLOSE)
     assert cache.layers[0].keys.untyped_storage().nbytes() < 2 * 3 * cache.layers[0].keys.nbytes
 
@@ -483,10 +481,10 @@ def test_beams_are_gathered_without_room_that_the_next_reordering_leaves_behind(
 
     def search():
         cache, held = DynamicCache(config=mixture.config), []
-        mixture(IDS[:, :3], past_key_values=cache)
+        mixture(IDS[:, :3], cache=cache)
         for i in range(3, 6):
             cache.reorder_cache(torch.tensor([1, 0]))
-            logits = mixture(IDS[:, i : i + 1], past_key_values=cache).logits
+            logits = mixture(IDS[:, i : i + 1], cache=cache).logits
             held.append(cache.layers[0].keys.untyped_storage().nbytes() / cache.layers[0].keys.nbytes)
         return logits, held
 
@@ -500,9 +498,9 @@ def test_a_cache_made_in_inference_mode_is_used_outside_of_it(three):
     mixture, _ = three
     cache = DynamicCache(config=mixture.config)
     with torch.inference_mode():
-        mixture(IDS[:, :4], past_key_values=cache)
+        mixture(IDS[:, :4], cache=cache)
     with torch.no_grad():
-        logits = mixture(IDS[:, 4:], past_key_values=cache).logits
+        logits = mixture(IDS[:, 4:], cache=cache).logits
         torch.testing.assert_close(logits, mixture(IDS).logits[:, 4:], **CLOSE)
 
 
@@ -511,7 +509,7 @@ def test_steps_of_decoding_copy_nothing_twice(three):
     mixture, _ = three
     for cache in (DynamicCache(config=mixture.config), StaticCache(config=mixture.config, max_cache_len=20)):
         for ids in (IDS, IDS[:, :1], IDS[:, :1]):
-            mixture(ids, past_key_values=cache)
+            mixture(ids, cache=cache)
             for i in range(2):
                 blocks = [cache.layers[i + start].keys for start in (0, 2, 4)]
                 step = blocks[0].untyped_storage().nbytes() // 3

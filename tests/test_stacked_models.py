@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from helpers import BOS, PAD, RoutedLayer, left_pad, save_lora, tiny
+from helpers import BOS, CLOSE, PAD, RoutedLayer, left_pad, save_lora, tiny
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache
@@ -16,7 +16,6 @@ from mpo_hf.stacked_models import StackedLinear, StackedNorm, stack_models
 from mpo_hf.stacked_rows import MOST_TOKENS, StackedModules
 
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 INPUTS = left_pad([[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30], [BOS, 6, 6, 19, 27]])
 IDS = torch.tensor([[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30, 5, 6, 9, 2, 4]])
 WEIGHTS = [0.2, 0.5, 0.3]
@@ -90,7 +89,7 @@ def test_either_way_goes_on_from_the_cache_of_the_other(first):
     expected = apart(IDS).logits
     for start, end in ((0, 3), (3, 4), (4, 5), (5, 7)):
         mixture.stack_models = first = not first
-        logits = mixture(IDS[:, start:end], past_key_values=cache).logits
+        logits = mixture(IDS[:, start:end], cache=cache).logits
         torch.testing.assert_close(logits, expected[:, start:end], **CLOSE)
 
 

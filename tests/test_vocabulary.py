@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 import torch
-from helpers import BOS, VOCAB, left_pad, tiny, tiny_tokenizer
+from helpers import BOS, CLOSE, VOCAB, left_pad, tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from mpo_hf import MixturePolicyConfig, MixturePolicyModel
@@ -121,10 +121,10 @@ def test_policies_of_different_size_are_mixed_over_what_they_share(tmp_path):
     models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (extended, plain, padded)]
     logps = [model(IDS).logits[..., :VOCAB].log_softmax(-1) for model in models]
     expected = 0.2 * logps[0] + 0.3 * logps[1] + 0.5 * logps[2]
-    torch.testing.assert_close(mixture(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mixture(IDS).logits, expected, **CLOSE)
     mixture.save_pretrained(tmp_path / "mixture")
     opened = MixturePolicyModel.from_pretrained(tmp_path / "mixture")
-    torch.testing.assert_close(opened(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(opened(IDS).logits, expected, **CLOSE)
     # an id that only one of them knows may pad, and nothing else
     foreign = left_pad([IDS[0].tolist(), [BOS, 4]], pad=VOCAB)
     assert opened(**foreign).logits.isfinite().all()

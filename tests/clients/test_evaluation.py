@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from helpers import CLOSE, close
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
@@ -70,8 +71,8 @@ def test_loss_is_the_cross_entropy_of_the_normalised_mixture(saved, dataset, mak
     saved.tokenizer.padding_side = side
     trainer = make_trainer(settings={"prediction_loss_only": loss_only})
     loss = trainer.evaluate(dataset)["eval_loss"]
-    assert loss == pytest.approx(expected_loss(saved, dataset), rel=1e-5)
-    assert trainer.predict(dataset).metrics["test_loss"] == pytest.approx(loss)
+    assert loss == close(expected_loss(saved, dataset))
+    assert trainer.predict(dataset).metrics["test_loss"] == close(loss)
 
 
 def test_probabilities_under_the_loss_sum_to_one(saved, make_trainer):
@@ -83,7 +84,7 @@ def test_probabilities_under_the_loss_sum_to_one(saved, make_trainer):
     trainer = make_trainer(settings={"per_device_eval_batch_size": 1})
     batches = trainer.get_eval_dataloader(Dataset.from_dict(rows))
     losses = [trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)[0] for batch in batches]
-    assert torch.stack(losses).neg().double().exp().sum().item() == pytest.approx(1, abs=1e-5)
+    assert torch.stack(losses).neg().double().exp().sum().item() == close(1)
 
 
 def test_language_modelling_collator_makes_the_labels(saved, dataset, make_trainer):
@@ -91,7 +92,7 @@ def test_language_modelling_collator_makes_the_labels(saved, dataset, make_train
     collator = DataCollatorForLanguageModeling(saved.tokenizer, mlm=False)
     with_labels = texts.add_column("labels", texts["input_ids"][:])
     loss = make_trainer(collator).evaluate(texts)["eval_loss"]
-    assert loss == pytest.approx(expected_loss(saved, with_labels), rel=1e-5)
+    assert loss == close(expected_loss(saved, with_labels))
 
 
 def test_predictions_are_the_pooled_log_probabilities(saved, dataset, make_trainer):
@@ -105,7 +106,7 @@ def test_predictions_are_the_pooled_log_probabilities(saved, dataset, make_train
         assert (labels[length:] == -100).all()
         expected = token_logps(saved, saved.weights, row["input_ids"])
         found = torch.tensor(logits[:length]).double()
-        torch.testing.assert_close(found.log_softmax(-1), expected, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(found.log_softmax(-1), expected, **CLOSE)
         # not renormalised: log Z is what is missing to 1
         assert found.logsumexp(-1).max() < -1e-3
 
@@ -157,7 +158,7 @@ def test_perplexity_follows_the_weights(saved, dataset, make_trainer):
         for weights in ([1.0, 0.0], [0.0, 1.0], [0.5, 0.5]):
             saved.model.mixture_weights = weights
             losses.append(trainer.evaluate(dataset)["eval_loss"])
-            assert losses[-1] == pytest.approx(expected_loss(saved, dataset, weights), rel=1e-5)
+            assert losses[-1] == close(expected_loss(saved, dataset, weights))
     finally:
         saved.model.mixture_weights = own
     assert len(set(losses)) == 3
@@ -167,4 +168,4 @@ def test_weights_may_be_a_column_of_the_dataset(saved, dataset, make_trainer):
     weights = [[0.9, 0.1], [0.2, 0.8], [1.0, 0.0], [0.5, 0.5]]
     rows = [token_losses(saved, row["input_ids"], row["labels"], own) for row, own in zip(dataset, weights)]
     loss = make_trainer().evaluate(dataset.add_column("mixture_weights", weights))["eval_loss"]
-    assert loss == pytest.approx(np.mean([np.mean(rows[i] + rows[i + 1]) for i in (0, 2)]), rel=1e-5)
+    assert loss == close(np.mean([np.mean(rows[i] + rows[i + 1]) for i in (0, 2)]))
