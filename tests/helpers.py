@@ -33,8 +33,8 @@ from mpo_hf import MixturePolicyModel
 VOCAB, PAD, BOS, EOS = 32, 0, 1, 2
 # Prompts of different lengths, for batches with padding.
 PROMPTS = [[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30], [BOS, 6, 6, 19, 27]]
-# Float32 arithmetic on tiny models: sums of a few dozen products come out up to 5e-5 apart on different processors, which
-# add in different orders. A wrong weight, mask, position or adapter moves a log-probability by 1e-2 and more.
+# The one tolerance for float32 arithmetic. Other processors, instruction sets and numbers of threads add in other orders,
+# and results of tiny models are then up to 5e-5 apart. Wrong weights, masks or adapters move them by 1e-2 and more.
 CLOSE = {"atol": 1e-4, "rtol": 1e-5}
 # Token ids that end a completion in tests where rows should end at different times.
 ENDS = [EOS, 5, 9, 13, 17, 21, 25, 29]

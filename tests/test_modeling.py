@@ -84,7 +84,7 @@ class OlderLlama(LlamaForCausalLM):
 
     def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None, **kwargs):
         assert not {"logits_to_keep", "position_ids"} & set(kwargs)
-        return super().forward(input_ids, attention_mask, past_key_values=past_key_values, use_cache=use_cache)
+        return super().forward(input_ids, attention_mask, use_cache=use_cache, **{CACHE_NAME: past_key_values})
 
 
 @torch.no_grad()

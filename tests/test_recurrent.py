@@ -9,6 +9,7 @@ from helpers import (
     PROMPTS,
     SIZES,
     beam_search,
+    close,
     completions_of,
     greedy,
     left_pad,
@@ -221,7 +222,7 @@ def test_particles_follow_the_mixture():
     for particle, log_weight in zip(output.particles[0].tolist(), output.log_weights[0].tolist()):
         prefixes = [particle[: prompt.shape[1] + t] for t in range(3)]
         expected = sum(pooled_logps(policies, WEIGHTS, [prefix]).logsumexp(-1).item() for prefix in prefixes)
-        assert log_weight == pytest.approx(expected, abs=CLOSE["atol"])
+        assert log_weight == close(expected)
 
 
 @since_5_24
