@@ -1,6 +1,7 @@
 """Keys and values of several components of equal architecture, for one forward pass of all their rows."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers.cache_utils import (
@@ -86,7 +87,8 @@ class JoinedStaticLayer(StaticLayer):
 
 class JoinedStaticCache(Cache):
     """
-    The layers of several components as one cache, for as long as nobody gives them other keys: reordering does.
+    The layers of several components as one cache, for as long as nobody gives them other keys: reordering does. A copy is not
+    joined.
 
     Args:
         starts (`tuple[int, ...]`): index of every component's first layer in the cache of the mixture.
@@ -111,6 +113,10 @@ class JoinedStaticCache(Cache):
             if layer.cumulative_length is not length:
                 return False
         return True
+
+
+# The joined caches of a cache, by their starts; not a field of it, as exporters take fields for outputs of the model.
+_JOINED: WeakKeyDictionary[Cache, dict[tuple[int, ...], JoinedStaticCache]] = WeakKeyDictionary()
 
 
 class JoinedView(ComponentCacheView):
@@ -172,7 +178,7 @@ def note_joined(views: Sequence[ComponentCacheView]) -> None:
     if not all(type(layer) is StaticLayer for layers in blocks for layer in layers):
         return
     cache = views[0].parent
-    noted = cache.__dict__.setdefault("mixture_joined", {})
+    noted = _JOINED.setdefault(cache, {})
     starts = tuple(view.start for view in views)
     if (starts not in noted or not noted[starts].is_of(cache)) and all(map(_shared, blocks)):
         noted[starts] = JoinedStaticCache(starts, blocks)
@@ -183,7 +189,7 @@ def prepare_step(cache: Cache) -> Cache:
     What to hand to compiled code in place of the cache of a mixture: one with joined layers for the components that have
     them, or the cache itself where none has. It serves for one call, as layers are joined until somebody changes them.
     """
-    noted = getattr(cache, "mixture_joined", None)
+    noted = _JOINED.get(cache)
     for starts, joined in list(noted.items()) if noted else ():
         if not joined.is_of(cache):
             del noted[starts]  # what it holds is out of use
