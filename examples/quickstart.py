@@ -20,8 +20,8 @@ from transformers.utils import logging
 
 import mpo_hf
 from mpo_hf import MixturePolicyModel, MPOConfig, MPOTrainer, RewardModelSpec
-from mpo_hf.plots import plot_fit
 from mpo_hf.rollouts import sample_completions, tokenize_prompts
+from mpo_hf.trainer.plots import plot_fit
 
 
 HERE = Path(__file__).resolve().parent

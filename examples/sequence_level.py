@@ -19,7 +19,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from mpo_hf import MixturePolicyModel, sequential_monte_carlo
-from mpo_hf.objectives import effective_sample_size
+from mpo_hf.estimation.objectives import effective_sample_size
 
 
 def parse_args() -> argparse.Namespace:

@@ -4,17 +4,17 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .configuration_mixture import MixtureComponent, MixturePolicyConfig
-from .logits_process import MixtureLogitsProcessor
-from .modeling_mixture import MixturePolicyModel
-from .optim import MirrorDescent
-from .sequence_level import sequence_level_beam_search, sequential_monte_carlo
+from .decoding.logits_process import MixtureLogitsProcessor
+from .decoding.sequence_level import sequence_level_beam_search, sequential_monte_carlo
+from .estimation.optim import MirrorDescent
+from .lazy import lazy_names
+from .mixture.configuration_mixture import MixtureComponent, MixturePolicyConfig
+from .mixture.modeling_mixture import MixturePolicyModel
 
 
 if TYPE_CHECKING:
-    from .preference_selection import select_completions
-    from .reward_ensembles import RewardEnsemble
-    from .rewards import RewardModelSpec
+    from .decoding import select_completions
+    from .rewards import RewardEnsemble, RewardModelSpec
     from .trainer import MPOConfig, MPOTrainer
 
 __version__ = "0.1.0"
@@ -37,22 +37,13 @@ AutoConfig.register(MixturePolicyConfig.model_type, MixturePolicyConfig, exist_o
 AutoModelForCausalLM.register(MixturePolicyConfig, MixturePolicyModel, exist_ok=True)
 
 
-def __getattr__(name: str):
-    # fitting needs TRL, which takes seconds to import; mixing does not
-    if name in ("MPOConfig", "MPOTrainer"):
-        from . import trainer
-
-        return getattr(trainer, name)
-    if name == "RewardEnsemble":
-        from .reward_ensembles import RewardEnsemble
-
-        return RewardEnsemble
-    if name == "RewardModelSpec":
-        from .rewards import RewardModelSpec
-
-        return RewardModelSpec
-    if name == "select_completions":
-        from .preference_selection import select_completions
-
-        return select_completions
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "MPOConfig": "trainer",
+        "MPOTrainer": "trainer",
+        "RewardEnsemble": "rewards",
+        "RewardModelSpec": "rewards",
+        "select_completions": "decoding",
+    },
+)

@@ -19,7 +19,7 @@ from toy import PROMPTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpo_hf import MixturePolicyModel, MPOConfig, MPOTrainer
-from mpo_hf.hub import pin_revisions
+from mpo_hf.mixture.hub import pin_revisions
 
 
 IDS = torch.tensor([[1, 4, 2, 5, 3]])

@@ -31,8 +31,8 @@ from trl import ScriptArguments
 
 import mpo_hf
 from mpo_hf import MixturePolicyConfig, MixturePolicyModel, MPOConfig, MPOTrainer
-from mpo_hf.compat import CACHE_NAME
-from mpo_hf.mixture_cache import ComponentCacheView, StepCache
+from mpo_hf.mixture.compat import CACHE_NAME
+from mpo_hf.mixture.mixture_cache import ComponentCacheView, StepCache
 
 
 SOURCES = Path(mpo_hf.__file__).parent

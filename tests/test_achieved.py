@@ -9,9 +9,9 @@ from test_trainer import make_trainer
 from toy import PROMPTS, TabularPolicy, reward_functions
 
 from mpo_hf import MixturePolicyModel, MPOConfig
-from mpo_hf.achieved import MixtureTable, achieved_welfare, certify_achieved, maximize_achieved
 from mpo_hf.estimation import minimize_dual, reward_table
-from mpo_hf.welfare import Constrained, CVaR, MaxMin, WeightedSum
+from mpo_hf.estimation.primal import MixtureTable, achieved_welfare, certify_achieved, maximize_achieved
+from mpo_hf.estimation.welfare import Constrained, CVaR, MaxMin, WeightedSum
 
 
 BETA = 0.2

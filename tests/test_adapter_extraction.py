@@ -27,9 +27,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from mpo_hf import MixturePolicyModel
-from mpo_hf.adapter_extraction import extract_adapter, low_rank_factors
-from mpo_hf.checkpoint import Checkpoint
 from mpo_hf.cli.main import main
+from mpo_hf.extraction.adapter_extraction import extract_adapter, low_rank_factors
+from mpo_hf.extraction.checkpoint import Checkpoint
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

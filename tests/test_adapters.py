@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mpo_hf import MixturePolicyConfig, MixturePolicyModel
-from mpo_hf.component_loading import PolicyHandle
+from mpo_hf.mixture.component_loading import PolicyHandle
 
 
 IDS = torch.tensor([[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30, 5, 6, 9, 2, 4]])

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, T
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mpo_hf import MixtureLogitsProcessor, MixturePolicyModel
-from mpo_hf.compat import CACHE_NAME
+from mpo_hf.mixture.compat import CACHE_NAME
 
 
 IDS = torch.tensor([[1, 5, 9, 13, 7, 21, 30]])

@@ -17,8 +17,8 @@ from torch._guards import TracingContext
 from transformers import CompileConfig, StaticCache
 
 from mpo_hf import MixturePolicyModel, stacked_rows
-from mpo_hf.compat import CACHE_NAME
-from mpo_hf.mixture_cache import StepCache
+from mpo_hf.mixture.compat import CACHE_NAME
+from mpo_hf.mixture.mixture_cache import StepCache
 
 
 INPUTS = left_pad([[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30], [BOS, 6, 6, 19, 27]])

@@ -9,7 +9,7 @@ from helpers import SIZES, VOCAB, tiny
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from mpo_hf import MixtureComponent, MixturePolicyConfig, MixturePolicyModel
-from mpo_hf.configuration_mixture import check_mixture_weights
+from mpo_hf.mixture.configuration_mixture import check_mixture_weights
 
 
 TWO = [{"name_or_path": "org/a"}, {"name_or_path": "org/b"}]

@@ -35,6 +35,6 @@ def test_docstring_examples_print_what_they_say(name):
     assert runner.failures == 0, "".join(report)
 
 
-@pytest.mark.parametrize("name", ["pooling", "optim", "configuration_mixture", "modeling_mixture"])
+@pytest.mark.parametrize("name", ["pooling", "configuration_mixture", "modeling_mixture"])
 def test_main_modules_come_with_an_example(name):
-    assert examples_in(f"mpo_hf.{name}")
+    assert examples_in(f"mpo_hf.mixture.{name}")

@@ -9,7 +9,6 @@ from scipy.optimize import minimize
 from toy import LENGTH, VOCAB_SIZE, Enumeration, enumerate_completions, toy_policy
 
 from mpo_hf import MirrorDescent, estimation
-from mpo_hf.achieved import MixtureTable
 from mpo_hf.estimation import (
     DualTable,
     balance_heuristic,
@@ -18,9 +17,10 @@ from mpo_hf.estimation import (
     minimize_dual,
     reward_table,
 )
-from mpo_hf.objectives import dual_objective
+from mpo_hf.estimation.objectives import dual_objective
+from mpo_hf.estimation.primal import MixtureTable
+from mpo_hf.estimation.welfare import CVaR, MaxMin, project_to_simplex
 from mpo_hf.rewards import normalize_rewards
-from mpo_hf.welfare import CVaR, MaxMin, project_to_simplex
 
 
 PROMPTS = [f"{a} {b}" for a, b in itertools.product("abcdef", repeat=2)]

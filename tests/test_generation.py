@@ -19,7 +19,7 @@ from helpers import (
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
 
 from mpo_hf import MixturePolicyModel
-from mpo_hf.compat import CACHE_NAME
+from mpo_hf.mixture.compat import CACHE_NAME
 
 
 STEPS = 8

@@ -60,7 +60,7 @@ from transformers.generation import (
 )
 
 from mpo_hf import MixturePolicyModel
-from mpo_hf.compat import CACHE_NAME
+from mpo_hf.mixture.compat import CACHE_NAME
 
 
 PROMPT = [BOS, 7, 11, 3, 22, 8, 14, 7, 11]

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from mpo_hf import MixturePolicyModel
-from mpo_hf.logits_process import MixtureLogitsProcessor
+from mpo_hf.decoding.logits_process import MixtureLogitsProcessor
 
 
 # not 0: beam search fills up rows with the end token then

@@ -8,8 +8,8 @@ from helpers import ADAPTER_KINDS, CLOSE, MEMORY_KINDS, PROMPTS, VOCAB, left_pad
 from transformers import DynamicCache, StaticCache
 
 from mpo_hf import MixturePolicyModel
-from mpo_hf.compat import CACHE_NAME
-from mpo_hf.pooling import log_normalizer
+from mpo_hf.mixture.compat import CACHE_NAME
+from mpo_hf.mixture.pooling import log_normalizer
 
 
 @torch.no_grad()

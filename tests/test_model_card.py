@@ -12,7 +12,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from mpo_hf import MixturePolicyConfig
 from mpo_hf.estimation import Certificate
-from mpo_hf.model_card import create_model_card, pictures_of, update_model_card
+from mpo_hf.mixture.model_card import create_model_card, pictures_of, update_model_card
 from mpo_hf.trainer.fit_card import measured_rewards, save_plot
 
 

@@ -7,7 +7,7 @@ from transformers import BloomConfig, BloomForCausalLM, DynamicCache, LlamaForCa
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mpo_hf import MixturePolicyConfig, MixturePolicyModel
-from mpo_hf.compat import CACHE_NAME
+from mpo_hf.mixture.compat import CACHE_NAME
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from helpers import close
 from toy import enumerate_completions, toy_policy
 
-from mpo_hf.objectives import (
+from mpo_hf.estimation.objectives import (
     dual_objective,
     effective_sample_size,
     implicit_dual_objective,

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mpo_hf.optim import MirrorDescent, entropic_mirror_step
+from mpo_hf.estimation.optim import MirrorDescent, entropic_mirror_step
 
 
 def simplex(*values):

@@ -1,6 +1,6 @@
 import pytest
 
-from mpo_hf.plots import plot_fit
+from mpo_hf.trainer.plots import plot_fit
 
 
 def entry(step):

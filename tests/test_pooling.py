@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mpo_hf import pooling
-from mpo_hf.pooling import log_linear_pool, log_normalizer, rule_out_implausible
+from mpo_hf.mixture.pooling import log_linear_pool, log_normalizer, rule_out_implausible
 
 
 def random_logits(count=3, rows=4, length=5, vocab=7, dtype=torch.float32, seed=0):

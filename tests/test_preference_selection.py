@@ -7,7 +7,7 @@ import torch
 from toy import PROMPTS, VOCAB_SIZE, TabularPolicy, toy_tokenizer
 
 from mpo_hf import MixturePolicyModel, select_completions
-from mpo_hf.preference_selection import neighboring_weights
+from mpo_hf.decoding.preference_selection import neighboring_weights
 
 
 def angles_to(target, weights):

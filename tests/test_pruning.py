@@ -7,7 +7,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from mpo_hf import MixturePolicyModel
-from mpo_hf.configuration_mixture import prune_mixture_weights
+from mpo_hf.mixture.configuration_mixture import prune_mixture_weights
 
 
 IDS = torch.tensor([[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30, 5, 6, 9, 2, 4]])

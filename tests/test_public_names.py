@@ -45,9 +45,9 @@ from source_reader import (
 from torch import nn
 from transformers.utils import ModelOutput
 
-from mpo_hf.compat import CACHE_NAME
-from mpo_hf.component_loading import HUB_KWARGS
-from mpo_hf.mixture_generation import REFUSED_OPTIONS
+from mpo_hf.mixture.compat import CACHE_NAME
+from mpo_hf.mixture.component_loading import HUB_KWARGS
+from mpo_hf.mixture.mixture_generation import REFUSED_OPTIONS
 
 
 HUB = " ".join({*HUB_KWARGS, "revision", "subfolder"} - {"trust_remote_code"})

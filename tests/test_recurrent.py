@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from mpo_hf import MixtureLogitsProcessor, MixturePolicyModel, sequential_monte_carlo
-from mpo_hf.compat import CACHE_NAME
+from mpo_hf.mixture.compat import CACHE_NAME
 
 
 STATES = {"state_size": 4, "expand": 2, "conv_kernel": 4}

@@ -22,8 +22,8 @@ from test_trainer import count_b, count_c, folders, make_args, make_trainer, mix
 from toy import LENGTH, toy_tokenizer
 
 from mpo_hf import MixturePolicyModel, MPOTrainer, RewardEnsemble, RewardModelSpec, select_completions
-from mpo_hf.reward_ensembles import aggregate_rewards
 from mpo_hf.rewards import ModelReward, RewardError, make_reward_functions
+from mpo_hf.rewards.ensembles import aggregate_rewards
 
 
 # what the paper writes down for one completion, of the list of its members' rewards

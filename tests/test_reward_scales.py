@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mpo_hf.reward_scales import SCALES, RewardScale, win_rates
+from mpo_hf.estimation.reward_scales import SCALES, RewardScale, win_rates
 from mpo_hf.rewards import normalize_rewards
 
 

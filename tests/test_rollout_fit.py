@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, QuantoConfig
 from mpo_hf import MixturePolicyModel, MPOConfig, MPOTrainer
 from mpo_hf.estimation import DualTable, certify, minimize_dual
 from mpo_hf.rewards import RewardError
-from mpo_hf.rollout_store import write_whole
+from mpo_hf.rollouts.store import write_whole
 from mpo_hf.trainer import rollout_fit
 from mpo_hf.trainer.goal import Goal
 

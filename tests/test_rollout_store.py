@@ -12,9 +12,9 @@ import torch
 
 from mpo_hf import rollout_store
 from mpo_hf.estimation import balance_heuristic
-from mpo_hf.rollout_store import RolloutStore, StoredCompletions, first_id
+from mpo_hf.rollouts.columns import Numbers
+from mpo_hf.rollouts.store import RolloutStore, StoredCompletions, first_id
 from mpo_hf.trainer import rollout_numbers
-from mpo_hf.trainer.rollout_numbers import Numbers
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))

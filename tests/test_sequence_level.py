@@ -9,7 +9,7 @@ from toy import LENGTH, PROMPTS, VOCAB_SIZE, TabularPolicy, toy_tokenizer
 from transformers import DynamicCache, StoppingCriteria, TopKLogitsWarper
 
 from mpo_hf import MixturePolicyModel, sequence_level_beam_search, sequential_monte_carlo
-from mpo_hf.compat import CACHE_NAME
+from mpo_hf.mixture.compat import CACHE_NAME
 
 
 WEIGHTS = [0.5, 0.3, 0.2]

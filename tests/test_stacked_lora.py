@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from mpo_hf import MixturePolicyModel
-from mpo_hf.stacked_lora import KEPT_STACKS, AdapterStacks, StackedLoraLinear, stack_adapters
-from mpo_hf.stacked_rows import MOST_TOKENS
+from mpo_hf.mixture.stacked_lora import KEPT_STACKS, AdapterStacks, StackedLoraLinear, stack_adapters
+from mpo_hf.mixture.stacked_rows import MOST_TOKENS
 
 
 INPUTS = left_pad(PROMPTS)
@@ -154,7 +154,7 @@ def test_a_stack_shares_the_weights_of_the_base(three):
 def test_adapters_of_other_kinds_run_after_the_others(settings, reason, tmp_path, caplog):
     base, *adapters = build(tmp_path, first=settings)
     mixture = MixturePolicyModel.from_policies([*adapters, base], [0.3, 0.3, 0.4])
-    with caplog.at_level(logging.INFO, logger="mpo_hf.stacked_lora"):
+    with caplog.at_level(logging.INFO, logger="mpo_hf.mixture.stacked_lora"):
         assert mixture.stacked_components == [[1, 2]]
     assert re.search(f"component_0 does not run in one pass with others, because .*{reason}", caplog.text)
     with passes(mixture) as rows:
@@ -169,7 +169,7 @@ def test_adapters_of_other_kinds_run_after_the_others(settings, reason, tmp_path
 def test_adapter_of_single_tokens_runs_after_the_base(tmp_path, caplog):
     base, adapter, _ = build(tmp_path, first={"trainable_token_indices": [3, 5]})
     mixture = MixturePolicyModel.from_policies([base, adapter])
-    with caplog.at_level(logging.INFO, logger="mpo_hf.stacked_lora"):
+    with caplog.at_level(logging.INFO, logger="mpo_hf.mixture.stacked_lora"):
         assert mixture.stacked_components == []
     assert "because it has `trainable_token_indices`" in caplog.text
     expected = sum(model(IDS).logits.log_softmax(-1) / 2 for model in alone(base, adapter))
@@ -216,7 +216,7 @@ def test_adapters_on_routed_experts_run_one_after_another(caplog):
     model = get_peft_model(base, config, "first")
     model.add_adapter("second", config)
     model.eval()
-    with caplog.at_level(logging.INFO, logger="mpo_hf.stacked_lora"):
+    with caplog.at_level(logging.INFO, logger="mpo_hf.mixture.stacked_lora"):
         assert stack_adapters(model, ["first", "second"]) is None
     assert "a layer of theirs saw" in caplog.text
 
@@ -226,7 +226,7 @@ def test_models_that_are_offloaded_run_one_after_another(tmp_path, caplog):
     mixture = MixturePolicyModel.from_policies(adapters)
     assert mixture.stacked_components == [[0, 1]]
     cpu_offload(mixture.backbones[0].get_base_model(), execution_device=torch.device("cpu"))
-    with caplog.at_level(logging.INFO, logger="mpo_hf.stacked_lora"):
+    with caplog.at_level(logging.INFO, logger="mpo_hf.mixture.stacked_lora"):
         assert mixture.stacked_components == []
     assert "is replaced" in caplog.text
 

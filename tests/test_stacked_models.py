@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache
 
 from mpo_hf import MixturePolicyModel
-from mpo_hf.stacked_models import StackedLinear, StackedNorm, stack_models
-from mpo_hf.stacked_rows import MOST_TOKENS, StackedModules
+from mpo_hf.mixture.stacked_models import StackedLinear, StackedNorm, stack_models
+from mpo_hf.mixture.stacked_rows import MOST_TOKENS, StackedModules
 
 
 INPUTS = left_pad([[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30], [BOS, 6, 6, 19, 27]])
@@ -272,7 +272,7 @@ def between_rows():
     ],
 )
 def test_reasons_are_logged(make, reason, caplog):
-    with caplog.at_level(logging.INFO, logger="mpo_hf.stacked_models"):
+    with caplog.at_level(logging.INFO, logger="mpo_hf.mixture.stacked_models"):
         mixture, apart = side_by_side(make())
         assert mixture.stacked_components == []
     assert reason in caplog.text

@@ -8,7 +8,7 @@ from helpers import BOS, CLOSE, VOCAB, left_pad, tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from mpo_hf import MixturePolicyConfig, MixturePolicyModel
-from mpo_hf.vocabulary import common_vocab_size
+from mpo_hf.mixture.vocabulary import common_vocab_size
 
 
 TOKENS = [f"t{i}" for i in range(VOCAB)]

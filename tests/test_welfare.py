@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import minimize
 
 from mpo_hf.estimation import DualTable, minimize_dual
-from mpo_hf.welfare import AlphaFair, Constrained, CVaR, MaxMin, WeightedSum, project_to_simplex
+from mpo_hf.estimation.welfare import AlphaFair, Constrained, CVaR, MaxMin, WeightedSum, project_to_simplex
 
 
 BETA, PROMPTS, COMPLETIONS = 0.3, 2, 6

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from estimators_smollm2 import DRAWS, UNIFORM, Pool  # noqa: E402
 from quickstart import OBJECTIVES  # noqa: E402
 
-from mpo_hf.achieved import MixtureTable, achieved_welfare, maximize_achieved  # noqa: E402
 from mpo_hf.estimation import DualTable, minimize_dual, reward_table  # noqa: E402
-from mpo_hf.welfare import MaxMin  # noqa: E402
+from mpo_hf.estimation.primal import MixtureTable, achieved_welfare, maximize_achieved  # noqa: E402
+from mpo_hf.estimation.welfare import MaxMin  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from mpo_hf import MixturePolicyModel
-from mpo_hf.compat import CACHE_NAME
-from mpo_hf.pooling import log_linear_pool
+from mpo_hf.mixture.compat import CACHE_NAME
+from mpo_hf.mixture.pooling import log_linear_pool
 
 
 HERE = Path(__file__).resolve().parent

@@ -57,8 +57,8 @@ from peft import PeftModel
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
 
 from mpo_hf import sequential_monte_carlo
-from mpo_hf.compat import CACHE_NAME
-from mpo_hf.pooling import log_linear_pool
+from mpo_hf.mixture.compat import CACHE_NAME
+from mpo_hf.mixture.pooling import log_linear_pool
 
 
 SECTIONS = ["peers", "growth", "memory", "sequence_level", "weight_space"]

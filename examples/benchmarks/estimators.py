@@ -15,7 +15,7 @@ import torch
 
 from mpo_hf import MirrorDescent
 from mpo_hf.estimation import DualTable, balance_heuristic, minimize_dual, reward_table
-from mpo_hf.objectives import dual_objective
+from mpo_hf.estimation.objectives import dual_objective
 from mpo_hf.rewards import normalize_rewards
 
 

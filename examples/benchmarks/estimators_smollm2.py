@@ -57,7 +57,7 @@ from mpo_hf.estimation import (  # noqa: E402
     minimize_dual,
     reward_table,
 )
-from mpo_hf.objectives import (  # noqa: E402
+from mpo_hf.estimation.objectives import (  # noqa: E402
     dual_objective,
     effective_sample_size,
     implicit_dual_objective,
@@ -71,8 +71,8 @@ from mpo_hf.rollouts import (  # noqa: E402
     sample_completions,
     tokenize_prompts,
 )
+from mpo_hf.rollouts.columns import GROWTH  # noqa: E402
 from mpo_hf.trainer.rollout_fit import DEFENSIVE_SHARE  # noqa: E402
-from mpo_hf.trainer.rollout_numbers import GROWTH  # noqa: E402
 
 
 DEFAULTS = MPOConfig("unused", use_cpu=True)

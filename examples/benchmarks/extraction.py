@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mpo_hf.adapter_extraction import extract_adapter
+from mpo_hf.extraction.adapter_extraction import extract_adapter
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent

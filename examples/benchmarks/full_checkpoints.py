@@ -29,8 +29,8 @@ from torch.func import functional_call, stack_module_state, vmap
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mpo_hf import MixturePolicyModel
-from mpo_hf.compat import CACHE_NAME
-from mpo_hf.pooling import log_linear_pool
+from mpo_hf.mixture.compat import CACHE_NAME
+from mpo_hf.mixture.pooling import log_linear_pool
 
 
 Step = Callable[[], torch.Tensor]

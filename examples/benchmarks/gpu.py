@@ -43,7 +43,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mpo_hf.pooling import log_linear_pool
+from mpo_hf.mixture.pooling import log_linear_pool
 
 
 OURS = "ours"

@@ -15,7 +15,7 @@ import time
 import torch
 from common import describe_machine, interleaved, peak_memory, ratios, show, table
 
-from mpo_hf.pooling import log_linear_pool
+from mpo_hf.mixture.pooling import log_linear_pool
 
 
 def parse_args() -> argparse.Namespace:

@@ -4,7 +4,7 @@ What pruning a small weight costs: KL divergence of the pruned mixture from the 
     python examples/benchmarks/pruning.py
 
 The mixture is of the three adapters of `examples/policies/` over SmolLM2-135M, the third with a small weight ε. The bound is
-ε KL(pruned || third policy); see `mpo_hf.configuration_mixture.prune_mixture_weights`.
+ε KL(pruned || third policy); see `mpo_hf.mixture.configuration_mixture.prune_mixture_weights`.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mpo_hf import MixturePolicyModel
-from mpo_hf.configuration_mixture import prune_mixture_weights
+from mpo_hf.mixture.configuration_mixture import prune_mixture_weights
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent

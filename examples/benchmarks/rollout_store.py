@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mpo_hf import MixturePolicyModel, MPOConfig, MPOTrainer
-from mpo_hf.rollout_store import RolloutStore
+from mpo_hf.rollouts.store import RolloutStore
 
 
 LABELS = ["helpful", "harmless", "concise"]

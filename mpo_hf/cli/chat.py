@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from ..modeling_mixture import MixturePolicyModel
+from ..mixture.modeling_mixture import MixturePolicyModel
 from .generate import SAMPLING_SECTION, SamplingArguments, generate, make_streamer, sampling_kwargs
 from .opening import MODEL_SECTION, ModelArguments, open_mixture, open_tokenizer
 from .parser import CommandParser

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..adapter_extraction import extract_adapter
+from ..extraction.adapter_extraction import extract_adapter
 from .parser import CommandParser
 
 

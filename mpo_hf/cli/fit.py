@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from transformers import AutoTokenizer
 from trl import ScriptArguments
 
-from ..modeling_mixture import MixturePolicyModel
+from ..mixture.modeling_mixture import MixturePolicyModel
 from ..trainer import MPOConfig, MPOTrainer
 from ..trainer.fit_card import PLOT_NAME
 from .parser import CommandParser

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from ..modeling_mixture import MixturePolicyModel
+from ..mixture.modeling_mixture import MixturePolicyModel
 from .opening import MODEL_SECTION, ModelArguments, open_mixture, open_tokenizer
 from .parser import CommandParser
 

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, logging
 
-from ..component_loading import resolve_relative
-from ..configuration_mixture import MixtureComponent, MixturePolicyConfig
-from ..mixture_building import read_mixture_config
+from ..mixture.component_loading import resolve_relative
+from ..mixture.configuration_mixture import MixtureComponent, MixturePolicyConfig
+from ..mixture.mixture_building import read_mixture_config
 from .opening import named_in_errors
 from .parser import CommandParser
 from .table import format_table

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..modeling_mixture import MixturePolicyModel
+from ..mixture.modeling_mixture import MixturePolicyModel
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..modeling_mixture import MixturePolicyModel
+from ..mixture.modeling_mixture import MixturePolicyModel
 from .opening import named_in_errors, open_tokenizer
 from .parser import CommandParser
 

@@ -10,8 +10,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..reward_ensembles import RewardEnsemble
 from ..rewards import RewardModelSpec
+from ..rewards.ensembles import RewardEnsemble
 
 
 ENSEMBLE_KEYS = ("ensemble", "aggregation", "coefficient", "label")

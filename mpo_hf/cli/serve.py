@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> None:
     from transformers.cli.transformers import app
     from transformers.utils.import_utils import is_serve_available
 
-    from ..modeling_mixture import MixturePolicyModel
+    from ..mixture.modeling_mixture import MixturePolicyModel
 
     argv = ["--help" if argument == "--help_all" else argument for argument in argv]
     if "--help" not in argv and not is_serve_available():

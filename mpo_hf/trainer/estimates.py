@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..achieved import MixtureTable, achieved_welfare, certify_achieved, maximize_achieved
 from ..estimation import Certificate, DualTable, certify, minimize_dual
-from ..welfare import Welfare
+from ..estimation.primal import MixtureTable, achieved_welfare, certify_achieved, maximize_achieved
+from ..estimation.welfare import Welfare
 
 
 @dataclass
@@ -18,8 +18,8 @@ class Estimate(ABC):
 
     Args:
         table ([`~mpo_hf.estimation.DualTable`]): the completions, for the dual objective.
-        mixture ([`~mpo_hf.achieved.MixtureTable`], *optional*): the same, for mixtures of the policies at hand.
-        welfare ([`~mpo_hf.welfare.Welfare`]): the welfare function.
+        mixture ([`~mpo_hf.estimation.primal.MixtureTable`], *optional*): the same, for mixtures of the policies at hand.
+        welfare ([`~mpo_hf.estimation.welfare.Welfare`]): the welfare function.
     """
 
     table: DualTable

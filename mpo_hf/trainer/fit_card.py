@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..estimation import Certificate
-from ..plots import plot_fit
+from .plots import plot_fit
 
 
 PLOT_NAME = "weights.png"

@@ -5,8 +5,8 @@ from collections import defaultdict
 import torch
 from transformers.utils import logging
 
-from ..modeling_mixture import MixturePolicyModel
-from ..objectives import effective_sample_size
+from ..estimation.objectives import effective_sample_size
+from ..mixture.modeling_mixture import MixturePolicyModel
 from ..rollouts import Completions
 from .mpo_config import MPOConfig
 

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
-from ..achieved import MixtureTable
 from ..estimation import DualTable, implicit_table, reward_table
-from ..modeling_mixture import MixturePolicyModel
-from ..reward_scales import RewardScale, reference_moments
-from ..welfare import AlphaFair, Constrained, CVaR, MaxMin, WeightedSum, Welfare
+from ..estimation.primal import MixtureTable
+from ..estimation.reward_scales import RewardScale, reference_moments
+from ..estimation.welfare import AlphaFair, Constrained, CVaR, MaxMin, WeightedSum, Welfare
+from ..mixture.modeling_mixture import MixturePolicyModel
 from .estimates import AchievedEstimate, DualEstimate, Estimate
 from .mpo_config import MPOConfig
 

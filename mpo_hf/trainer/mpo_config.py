@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..reward_scales import SCALES
+from ..estimation.reward_scales import SCALES
 
 
 WELFARES = ("max_min", "weighted_sum", "nash", "alpha_fair", "cvar")
@@ -86,7 +86,7 @@ class MPOConfig(TrainingArguments):
         average_iterates (`bool`, *optional*, defaults to `True`):
             Whether the result is the average of all iterates, as in the paper, rather than the last one.
         normalize_rewards (`str` or `bool`, *optional*):
-            What rewards of different objectives are compared on; see [`~mpo_hf.reward_scales.RewardScale`]. `"optimal"` or
+            What rewards of different objectives are compared on; see [`~mpo_hf.estimation.reward_scales.RewardScale`]. `"optimal"` or
             `True`: the paper's P(r) = r - β log E_ref exp(r/β), relative to what a policy of its own could reach. `"none"`
             or `False`: as they are. `"regret"`, `"reference"`, `"z_score"` and `"win_rate"` need `estimator="mis"`. Defaults
             to `"optimal"`, or for `welfare="nash"` and `"alpha_fair"`, which count gains over the reference, to

@@ -15,15 +15,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..component_loading import Policy
 from ..estimation import Certificate
-from ..hub import check_pushable
-from ..modeling_mixture import MixturePolicyModel
-from ..objectives import dual_objective, implicit_dual_objective, on_policy_objective
-from ..optim import MirrorDescent, TableFit
+from ..estimation.objectives import dual_objective, implicit_dual_objective, on_policy_objective
+from ..estimation.optim import MirrorDescent, TableFit
+from ..mixture.component_loading import Policy
+from ..mixture.hub import check_pushable
+from ..mixture.modeling_mixture import MixturePolicyModel
 from ..rewards import RewardModelSpec, make_reward_functions, normalize_rewards
-from ..rollout_store import GivenRows, RolloutStore, given_rollouts
 from ..rollouts import eos_token_ids
+from ..rollouts.store import GivenRows, RolloutStore, given_rollouts
 from .fit_logging import FitLogging
 from .goal import Goal
 from .mpo_config import MPOConfig

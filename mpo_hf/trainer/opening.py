@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..component_loading import Policy, hub_kwargs
-from ..configuration_mixture import MixturePolicyConfig
-from ..modeling_mixture import MixturePolicyModel
+from ..mixture.component_loading import Policy, hub_kwargs
+from ..mixture.configuration_mixture import MixturePolicyConfig
+from ..mixture.modeling_mixture import MixturePolicyModel
 from .mpo_config import MPOConfig
 
 

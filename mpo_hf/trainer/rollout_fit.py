@@ -10,10 +10,10 @@ import torch
 from accelerate.utils import gather_object
 
 from ..estimation import Certificate
-from ..rollout_store import COLUMNS, RolloutStore, first_id
 from ..rollouts import Completions, completion_texts, pad_completions
+from ..rollouts.columns import GROWTH, Numbers, Proposal
+from ..rollouts.store import COLUMNS, RolloutStore, first_id
 from .estimates import Estimate
-from .rollout_numbers import GROWTH, Numbers, Proposal
 
 
 # share of uniform weights in a proposal, so that every policy has a say in what is sampled

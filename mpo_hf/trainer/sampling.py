@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 
-from ..modeling_mixture import MixturePolicyModel
-from ..rollout_store import COLUMNS
+from ..mixture.modeling_mixture import MixturePolicyModel
 from ..rollouts import Completions, completion_texts, pad_completions, sample_completions, tokenize_prompts
-from ..scoring import CompletionScorer
+from ..rollouts.scoring import CompletionScorer
+from ..rollouts.store import COLUMNS
 from .mpo_config import MPOConfig
 
 

@@ -10,10 +10,10 @@ from huggingface_hub import CommitInfo
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..configuration_mixture import MixturePolicyConfig
-from ..hub import carries_code, check_pushable, code_alongside, shared_config
-from ..model_card import add_tags, create_model_card
-from ..modeling_mixture import MixturePolicyModel
+from ..mixture.configuration_mixture import MixturePolicyConfig
+from ..mixture.hub import carries_code, check_pushable, code_alongside, shared_config
+from ..mixture.model_card import add_tags, create_model_card
+from ..mixture.modeling_mixture import MixturePolicyModel
 from .fit_card import measured_rewards, save_plot
 from .mpo_config import MPOConfig
 
@@ -156,7 +156,7 @@ class MixtureSaving:
         pin: bool | None = None,
         upload_adapters: bool | None = None,
     ) -> Iterator[None]:
-        """While it lasts, what is saved is what others can open; see [`~mpo_hf.hub.shared_config`]."""
+        """While it lasts, what is saved is what others can open; see [`~mpo_hf.mixture.hub.shared_config`]."""
         if not wanted or self._config_is_shared or not self.is_world_process_zero():
             yield
             return

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, GPT2Config, LlamaConfig
 
 from mpo_hf import MixtureComponent, MixturePolicyConfig, MixturePolicyModel
-from mpo_hf.component_loading import PolicyHandle
+from mpo_hf.mixture.component_loading import PolicyHandle
 
 
 SHAPE = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

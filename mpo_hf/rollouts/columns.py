@@ -62,7 +62,7 @@ def _fill(room: np.ndarray, values: np.ndarray) -> None:
 
 class Numbers:
     """
-    What the estimate needs to know of N completions: the rows of a [`~mpo_hf.rollout_store.RolloutStore`] without their
+    What the estimate needs to know of N completions: the rows of a [`~mpo_hf.rollouts.store.RolloutStore`] without their
     texts, and its densities. `numbers[name]` is a column, with NaN for what is not known:
 
     - `id`; `prompt` and `proposal`: indices into `prompts` and `proposals`.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .estimation import (
+from .dual import (
     Certificate,
     DualTable,
     bootstrap_counts,
@@ -91,7 +91,7 @@ def achieved_welfare(
     Args:
         table ([`MixtureTable`]): the completions.
         weights (`torch.Tensor` of shape `(M,)`): mixture weights of the components.
-        welfare ([`~mpo_hf.welfare.Welfare`]): the welfare function U.
+        welfare ([`~mpo_hf.estimation.welfare.Welfare`]): the welfare function U.
         prompt_weights (`torch.Tensor` of shape `(B, P)`, *optional*):
             Weights of the prompts, rows with sum 1, for B values at a time. Defaults to equal weights and one value.
 
@@ -117,7 +117,7 @@ def maximize_achieved(
 
     Args:
         table ([`MixtureTable`]): the completions.
-        welfare ([`~mpo_hf.welfare.Welfare`]): a max-min, weighted sum or CVaR, with constraints or without.
+        welfare ([`~mpo_hf.estimation.welfare.Welfare`]): a max-min, weighted sum or CVaR, with constraints or without.
         starts (`Sequence[torch.Tensor]`): where to start, `(M,)` each.
         prompt_weights (`torch.Tensor` of shape `(P,)`, *optional*): weights of the prompts. Defaults to equal ones.
         smoothing (`Sequence[float]`, *optional*): how far kinks are rounded off, in nats, one round after another.
@@ -184,7 +184,7 @@ def certify_achieved(
         table ([`~mpo_hf.estimation.DualTable`]): the completions, for F.
         mixture ([`MixtureTable`]): the same completions, for G.
         weights (`torch.Tensor` of shape `(M,)`): the mixture weights in question.
-        welfare ([`~mpo_hf.welfare.Welfare`]): the welfare function.
+        welfare ([`~mpo_hf.estimation.welfare.Welfare`]): the welfare function.
         rewards (`torch.Tensor` of shape `(N, K)`, *optional*): rewards of the completions, on their own scale.
         num_resamples (`int`, *optional*, defaults to 200):
             Bootstrap replicates. The standard errors of the weights are from the first 20 of them.

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from .component_loading import ComponentLoader, Policy, as_component, hub_kwargs
-from .configuration_mixture import MixturePolicyConfig
-from .hub import cached_commit
+from ..mixture.component_loading import ComponentLoader, Policy, as_component, hub_kwargs
+from ..mixture.configuration_mixture import MixturePolicyConfig
+from ..mixture.hub import cached_commit
 
 
 logger = logging.get_logger(__name__)

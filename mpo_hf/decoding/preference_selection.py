@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .configuration_mixture import check_mixture_weights
-from .modeling_mixture import MixturePolicyModel
-from .rewards import make_reward_functions
-from .rollouts import completion_texts, eos_token_ids, sample_completions, tokenize_prompts
+from ..mixture.configuration_mixture import check_mixture_weights
+from ..mixture.modeling_mixture import MixturePolicyModel
+from ..rewards import make_reward_functions
+from ..rollouts import completion_texts, eos_token_ids, sample_completions, tokenize_prompts
 
 
 @dataclass
@@ -57,7 +57,7 @@ def neighboring_weights(
     Example:
 
     ```python
-    >>> from mpo_hf.preference_selection import neighboring_weights
+    >>> from mpo_hf.decoding.preference_selection import neighboring_weights
 
     >>> weights = neighboring_weights([0.7, 0.2, 0.1], num_neighbors=5)
     >>> weights.shape

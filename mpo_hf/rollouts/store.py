@@ -184,7 +184,7 @@ class RolloutStore:
         Columns of completions that were sampled here, from the shards and row groups that their ids say they are in.
 
         Args:
-            ids (`Sequence[int]`): ids of completions; see [`~mpo_hf.rollout_store.first_id`].
+            ids (`Sequence[int]`): ids of completions; see [`~mpo_hf.rollouts.store.first_id`].
             columns (`Sequence[str]`): which columns.
         """
         found: dict[int, dict[str, Any]] = {}

@@ -98,7 +98,7 @@ def prune_mixture_weights(weights: Sequence[float] | torch.Tensor, below: float)
     Example:
 
     ```python
-    >>> from mpo_hf.configuration_mixture import prune_mixture_weights
+    >>> from mpo_hf.mixture.configuration_mixture import prune_mixture_weights
 
     >>> prune_mixture_weights([0.6, 0.39, 0.01], below=0.02)
     tensor([0.6061, 0.3939, 0.0000], dtype=torch.float64)

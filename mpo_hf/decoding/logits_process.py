@@ -10,11 +10,11 @@ from torch import nn
 from transformers import DynamicCache, LogitsProcessor
 from transformers.cache_utils import Cache
 
-from .compat import activate_adapter
-from .component_loading import Policy
-from .configuration_mixture import MixtureComponent, check_mixture_weights
-from .modeling_mixture import MixturePolicyModel
-from .pooling import log_linear_pool
+from ..mixture.compat import activate_adapter
+from ..mixture.component_loading import Policy
+from ..mixture.configuration_mixture import MixtureComponent, check_mixture_weights
+from ..mixture.modeling_mixture import MixturePolicyModel
+from ..mixture.pooling import log_linear_pool
 
 
 HIDDEN = -1  # stands for a token that the attention mask hides
@@ -75,7 +75,7 @@ class MixtureLogitsProcessor(LogitsProcessor):
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from mpo_hf import MixturePolicyModel
-    >>> from mpo_hf.logits_process import MixtureLogitsProcessor
+    >>> from mpo_hf.decoding.logits_process import MixtureLogitsProcessor
 
     >>> config = LlamaConfig(
     ...     vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .estimation import log_shares, segment_logsumexp, sums_by_prompt
+from .dual import log_shares, segment_logsumexp, sums_by_prompt
 
 
 # what each counts is said in `RewardScale`
@@ -111,7 +111,7 @@ def win_rates(rewards: torch.Tensor, prompt: torch.Tensor, shares: torch.Tensor)
 
     ```python
     >>> import torch
-    >>> from mpo_hf.reward_scales import win_rates
+    >>> from mpo_hf.estimation.reward_scales import win_rates
 
     >>> rewards = torch.tensor([[1.0], [3.0], [3.0], [9.0]])
     >>> win_rates(rewards, torch.tensor([0, 0, 0, 0]), torch.full((4,), 0.25)).T

@@ -29,10 +29,10 @@ from transformers.generation import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .compat import CACHE_NAME
-from .configuration_mixture import MixturePolicyConfig
-from .modeling_mixture import MixturePolicyModel
-from .objectives import effective_sample_size
+from ..estimation.objectives import effective_sample_size
+from ..mixture.compat import CACHE_NAME
+from ..mixture.configuration_mixture import MixturePolicyConfig
+from ..mixture.modeling_mixture import MixturePolicyModel
 
 
 # With these the logsumexp of the scores is still the weight of a target that has a name: temperature T divides λ, and

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch
 
-from .reward_loading import Text
-from .rewards import RewardFunction, make_reward_functions
+from .functions import RewardFunction, make_reward_functions
+from .loading import Text
 
 
 AGGREGATIONS = ("mean", "worst_case", "uncertainty")

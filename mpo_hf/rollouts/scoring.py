@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
-from .component_loading import PolicyHandle
-from .configuration_mixture import MixturePolicyConfig
-from .mixture_cache import component_views
-from .modeling_mixture import MixturePolicyModel
-from .pooling import log_linear_pool, row_parts
-from .stacked_cache import can_stack
+from ..mixture.component_loading import PolicyHandle
+from ..mixture.configuration_mixture import MixturePolicyConfig
+from ..mixture.mixture_cache import component_views
+from ..mixture.modeling_mixture import MixturePolicyModel
+from ..mixture.pooling import log_linear_pool, row_parts
+from ..mixture.stacked_cache import can_stack
 
 
 if TYPE_CHECKING:
-    from .rollouts import Completions
+    from .sampling import Completions
 
 
 class CompletionScorer:

@@ -22,7 +22,7 @@ from .welfare import MaxMin, Polyhedral, Welfare
 
 
 if TYPE_CHECKING:
-    from .achieved import MixtureTable
+    from .primal import MixtureTable
 
 
 # numbers of one batch of bootstrap replicates; what is held at a time is about this many float64
@@ -203,7 +203,7 @@ def minimize_dual(
             Iterations end when \\(\nabla \hat F \cdot \lambda - U(\nabla \hat F)\\), which bounds the distance of F̂ from
             its minimum, is below it.
         max_iterations (`int`, *optional*, defaults to 100): iterations at most.
-        welfare ([`~mpo_hf.welfare.Welfare`], *optional*): the welfare function U. Defaults to the max-min.
+        welfare ([`~mpo_hf.estimation.welfare.Welfare`], *optional*): the welfare function U. Defaults to the max-min.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: minimisers of shape `(B, K)` and minima of shape `(B,)`.
@@ -368,8 +368,8 @@ def certify(
         num_resamples (`int`, *optional*, defaults to 200): replicates.
         confidence (`float`, *optional*, defaults to 0.95): level of the bound.
         seed (`int`, *optional*, defaults to 0): seed of the replicates.
-        welfare ([`~mpo_hf.welfare.Welfare`], *optional*): the welfare function. Defaults to the max-min.
-        mixture ([`~mpo_hf.achieved.MixtureTable`], *optional*):
+        welfare ([`~mpo_hf.estimation.welfare.Welfare`], *optional*): the welfare function. Defaults to the max-min.
+        mixture ([`~mpo_hf.estimation.primal.MixtureTable`], *optional*):
             The same completions for mixtures of the policies at hand, from which `mixture_rewards` and `shortfall` follow; or
             those of some of the prompts, which are then compared with the minimum of F̂ on the same prompts.
         mixture_weights (`torch.Tensor` of shape `(M,)`, *optional*):

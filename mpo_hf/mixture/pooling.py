@@ -40,7 +40,7 @@ def log_linear_pool(logits: Iterable[torch.Tensor], weights: torch.Tensor | Sequ
 
     ```python
     >>> import torch
-    >>> from mpo_hf.pooling import log_linear_pool
+    >>> from mpo_hf.mixture.pooling import log_linear_pool
 
     >>> calm, keen = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.1, 0.1, 0.8]]).log()
     >>> log_linear_pool([calm, keen], torch.tensor([0.5, 0.5])).softmax(-1)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from .component_loading import require_safetensors
+from ..mixture.component_loading import require_safetensors
 
 
 Text = str | list[dict[str, Any]]  # plain, or a conversation

@@ -9,8 +9,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 from trl import is_conversational
 
-from .compat import CACHE_NAME
-from .modeling_mixture import MixturePolicyModel
+from ..mixture.compat import CACHE_NAME
+from ..mixture.modeling_mixture import MixturePolicyModel
 from .scoring import CompletionScorer, read_prompts, sum_over_tokens, token_logps
 
 

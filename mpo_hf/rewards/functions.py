@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import apply_chat_template, is_conversational
 
-from .reward_loading import (
+from .loading import (
     ACTIVATIONS,
     RewardModelSpec,
     Text,

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from ..mixture.component_loading import Policy
+from ..mixture.hub import ADAPTER_WEIGHTS
 from .checkpoint import Checkpoint
-from .component_loading import Policy
-from .hub import ADAPTER_WEIGHTS
 
 
 DEFAULT_RANK = 32
@@ -283,7 +283,7 @@ def extract_adapter(
     >>> import copy
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> from mpo_hf.adapter_extraction import extract_adapter
+    >>> from mpo_hf.extraction.adapter_extraction import extract_adapter
 
     >>> config = LlamaConfig(
     ...     vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
