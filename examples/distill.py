@@ -1,13 +1,13 @@
 """
-One ordinary checkpoint out of a mixture: a LoRA student learns the next-token distribution of the fitted mixture.
+Distills a mixture into one ordinary checkpoint: a LoRA student learns the next-token distribution of the fitted mixture.
 
-The student writes completions itself, and TRL's `DistillationTrainer` pulls it towards what the mixture would have said at
-every token. Then reference, uniform mixture, fitted mixture and student answer the same held-out prompts.
+The student writes completions itself, and TRL's `DistillationTrainer` moves its distribution toward the mixture's at
+every token. Then the reference, the uniform mixture, the fitted mixture and the student answer the same held-out prompts.
 
     python examples/quickstart.py --output_dir quickstart-output
     python examples/distill.py --mixture quickstart-output --output_dir distill-output
 
-Training goes on from its last checkpoint when it is started again.
+When started again, training resumes from its last checkpoint.
 """
 
 from dataclasses import dataclass, field

@@ -2,7 +2,7 @@
 
 Hand-written topics are crossed with hand-written question forms, a category at a time so that every question makes
 sense. The last topics of each category are held out, so no test topic is ever seen in training. Many topics are dull
-or unpleasant on purpose: a policy that stays cheerful about them has learnt something.
+or unpleasant on purpose: a policy that stays cheerful about them has learned something.
 """
 
 from datasets import Dataset

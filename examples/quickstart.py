@@ -1,5 +1,5 @@
 """
-The main job from end to end: mix three policies, fit the weights, save, open again, generate.
+The main workflow from end to end: mix three policies, fit the weights, save, reload, generate.
 
 Three LoRA adapters over SmolLM2-135M-Instruct, each trained for one objective (`examples/policies/`), are mixed so that
 the worst-off objective is as well off as it can be. On two CPU cores it takes a few minutes:
@@ -121,9 +121,9 @@ def main() -> None:
         reward_funcs=reward_functions(args.neural),
         args=MPOConfig(
             output_dir=args.output_dir,
-            estimator="bsmd",  # with the mixture as proposal it follows what this mixture does:
-            proposal="mixture",  # these policies are no exact optima of their rewards
-            normalize_rewards=False,  # these rewards are on one scale: compare them as they are
+            estimator="bsmd",  # with the mixture as proposal it uses this mixture's own rewards,
+            proposal="mixture",  # as these policies are not exact optima of their rewards
+            normalize_rewards=False,  # these rewards share one scale and are compared as they are
             beta=0.2,
             num_generations=4,
             per_device_train_batch_size=16,

@@ -1,7 +1,7 @@
 """Three rule-based rewards that pull in different directions, as reward functions for TRL's trainers.
 
 Each takes `prompts` and `completions` (strings, or conversations whose last message is the answer) and returns one
-float a completion.
+float per completion.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """
-How far token-level and sequence-level mixing are apart on real policies, and what a particle filter costs.
+Measures the difference between token-level and sequence-level mixing on real policies, and the cost of a particle filter.
 
-The mixture is that of `quickstart.py` at uniform weights. Completions are sampled token by token; the log Z of their
-steps give log W, the exact log-weight that takes them to the sequence-level mixture, at every length:
+The mixture is that of `quickstart.py` at uniform weights. Completions are sampled token by token; the sum of log Z over their
+steps is log W, the exact log importance weight for the sequence-level mixture, at every length:
 
     python examples/sequence_level.py
 """
@@ -41,7 +41,7 @@ def tokenize(tokenizer, prompts: list) -> dict[str, torch.Tensor]:
 def sample_log_weights(
     model: MixturePolicyModel, inputs: dict, num_particles: int, max_new_tokens: int
 ) -> torch.Tensor:
-    """log W of completions of the token-level mixture, cut after each of their tokens: `(prompts, particles, tokens)`."""
+    """log W of completions of the token-level mixture, truncated after each of their tokens: `(prompts, particles, tokens)`."""
     log_z = []
     hook = model.register_forward_hook(lambda _, args, output: log_z.append(output.logits[:, -1].logsumexp(-1)))
     with hook:
@@ -56,7 +56,7 @@ def sample_log_weights(
     ended = torch.isin(completions, torch.tensor(model.generation_config.eos_token_id)).long()
     counts = ended.cumsum(-1) - ended == 0
     log_weights = (torch.stack(log_z, dim=-1) * counts).double().cumsum(-1)
-    columns = torch.arange(max_new_tokens).clamp(max=log_weights.shape[-1] - 1)  # all may have ended before
+    columns = torch.arange(max_new_tokens).clamp(max=log_weights.shape[-1] - 1)  # all may have ended earlier
     return log_weights[:, columns].view(-1, num_particles, max_new_tokens)
 
 
@@ -78,7 +78,7 @@ def gap_table(log_weights: torch.Tensor, ess_of: list[int]) -> None:
 
 
 def compare_estimates(model: MixturePolicyModel, tokenizer, prompts: list, args: argparse.Namespace) -> None:
-    """Spread of the estimated log-normaliser over repetitions: the less, the closer a draw is to the target."""
+    """Spread of the estimated log-normalizer over repetitions: the smaller, the closer a draw is to the target."""
     repeats, num_particles = 6, args.num_particles // 2
     inputs = tokenize(tokenizer, [prompt for prompt in prompts for _ in range(repeats)])
     print(f"\n{num_particles} particles, {repeats} repetitions, {args.max_new_tokens} tokens at most")
@@ -103,7 +103,7 @@ def compare_estimates(model: MixturePolicyModel, tokenizer, prompts: list, args:
 
 
 def time_decoding(model: MixturePolicyModel, inputs: dict, num_rounds: int, rows: int = 8, tokens: int = 16) -> None:
-    """Times plain sampling and the particle filter with as many rows, interleaved: the first token, and each further one."""
+    """Times plain sampling and the particle filter with the same number of rows, interleaved: the first token, and each further one."""
     settings = {"do_sample": True, "top_k": 0, "eos_token_id": []}
     ways = {"plain sampling": {"num_return_sequences": rows}}
     for threshold in (0.0, 0.5, 1.0):

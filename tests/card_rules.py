@@ -8,7 +8,7 @@ from huggingface_hub.utils import validate_repo_id
 
 
 RELATIONS = {"finetune", "adapter", "quantized", "merge"}
-# some of the identifiers in the Hub's list of licences
+# some of the identifiers in the Hub's list of licenses
 LICENSES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "llama3.2", "gemma", "other", "unknown"}
 TEXTS = ("library_name", "pipeline_tag", "license", "license_name", "license_link", "base_model_relation")
 LISTS = ("tags", "base_model", "datasets", "language")

@@ -22,7 +22,7 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # what the core tests need beside what the package itself does
-TESTING = ["gguf>=0.17", "matplotlib>=3.8", "pytest>=8", "pytest-xdist>=3.6", "scipy>=1.11"]
+TESTING = ["gguf>=0.17", "matplotlib>=3.8", "pytest>=8", "pytest-xdist>=3.6"]
 # a file for each part that leans on Transformers, TRL, PEFT, Datasets or the Hub
 CORE = [
     "adapters",

@@ -1,4 +1,4 @@
-"""What mixtures of policies reach that are not optimal for their rewards, against the enumeration of all completions."""
+"""The primal objective of mixtures of policies that are not optimal for their rewards, against enumerations."""
 
 import pytest
 import torch
@@ -9,9 +9,18 @@ from test_trainer import make_trainer
 from toy import PROMPTS, TabularPolicy, reward_functions
 
 from mpo_hf import MixturePolicyModel, MPOConfig
-from mpo_hf.estimation import minimize_dual, reward_table
-from mpo_hf.estimation.primal import MixtureTable, achieved_welfare, certify_achieved, maximize_achieved
-from mpo_hf.estimation.welfare import Constrained, CVaR, MaxMin, WeightedSum
+from mpo_hf.estimation import (
+    Constrained,
+    CVaR,
+    MaxMin,
+    MixtureTable,
+    WeightedSum,
+    certify_primal,
+    maximize_primal,
+    minimize_dual,
+    primal_objective,
+    reward_table,
+)
 
 
 BETA = 0.2
@@ -19,7 +28,7 @@ STARTS = [UNIFORM, *(0.7 * torch.eye(3, dtype=torch.float64) + 0.1)]
 
 
 class World:
-    """All completions of all prompts; policies are optimal for their rewards but for noise in their log-probabilities."""
+    """All completions of all prompts; policies are optimal for their rewards up to noise in their log-probabilities."""
 
     def __init__(self, seed: int, noise: float):
         enumeration, rewards = population(seed, BETA)
@@ -27,7 +36,7 @@ class World:
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(rewards.shape, generator=generator, dtype=torch.float64)
         self.policies = (enumeration.policies + noise * drawn).log_softmax(1)
-        # every completion once: a proposal without preferences
+        # every completion once: a uniform proposal
         self.prompt = torch.arange(rewards.shape[0]).repeat_interleave(rewards.shape[1])
         density = torch.full((len(self.prompt),), 1 / rewards.shape[1], dtype=torch.float64).log()
         reference, advantages = self.reference.flatten(), (rewards / BETA).flatten(0, 1)
@@ -49,7 +58,7 @@ def test_welfare_is_that_of_sums_over_all_completions():
         found, of_prompts = world.table.measure(torch.tensor(weights, dtype=torch.float64))
         torch.testing.assert_close(found.mean(0), gains)
         assert of_prompts.mean().item() == pytest.approx(divergence)
-        value = achieved_welfare(world.table, torch.tensor(weights, dtype=torch.float64), MaxMin())
+        value = primal_objective(world.table, torch.tensor(weights, dtype=torch.float64), MaxMin())
         assert value.item() == pytest.approx(gains.min().item() - divergence)
 
 
@@ -61,8 +70,8 @@ def test_welfare_is_that_of_sums_over_all_completions():
 @pytest.mark.parametrize("seed", range(2))
 def test_maximum_is_that_of_another_solver(welfare, seed):
     world = World(seed, 0.7)
-    weights, value = maximize_achieved(world.table, welfare, STARTS)
-    assert value.item() == pytest.approx(achieved_welfare(world.table, weights, welfare).item(), abs=1e-12)
+    weights, value = maximize_primal(world.table, welfare, STARTS)
+    assert value.item() == pytest.approx(primal_objective(world.table, weights, welfare).item(), abs=1e-12)
 
     def negative(logits):
         gains, divergence = world.reached(torch.tensor(logits).softmax(-1))
@@ -76,19 +85,19 @@ def test_maximum_is_that_of_another_solver(welfare, seed):
 def test_optimal_policies_leave_nothing_to_gain():
     world = World(0, 0.0)
     (dual,), (bound,) = minimize_dual(world.dual)
-    weights, value = maximize_achieved(world.table, MaxMin(), STARTS)
+    weights, value = maximize_primal(world.table, MaxMin(), STARTS)
     assert value.item() == pytest.approx(bound.item(), abs=5e-5)
     torch.testing.assert_close(weights, dual, atol=5e-3, rtol=0)
-    certificate = certify_achieved(world.dual, world.table, weights, MaxMin(), num_resamples=5)
+    certificate = certify_primal(world.dual, world.table, weights, MaxMin(), num_resamples=5)
     assert 0 <= certificate.duality_gap < 5e-5 and certificate.of_mixture
 
 
 def test_certificate_bounds_what_any_policy_could_gain():
     world = World(1, 0.7)
-    weights, value = maximize_achieved(world.table, MaxMin(), STARTS)
+    weights, value = maximize_primal(world.table, MaxMin(), STARTS)
     _, (bound,) = minimize_dual(world.dual)
     rewards = world.rewards.flatten(0, 1)
-    certificate = certify_achieved(world.dual, world.table, weights, MaxMin(), rewards, num_resamples=30)
+    certificate = certify_primal(world.dual, world.table, weights, MaxMin(), rewards, num_resamples=30)
     assert certificate.duality_gap == pytest.approx(bound.item() - value.item(), abs=1e-9)
     assert certificate.duality_gap_bound > certificate.duality_gap > 0.01
     torch.testing.assert_close(certificate.mixture_rewards, world.reached(weights)[0] * BETA)
@@ -100,7 +109,7 @@ def test_fit_finds_the_best_mixture_of_policies_that_are_not_optimal(tmp_path, p
     enumeration, rewards = exact_optima(2, BETA)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(enumeration.policies.shape, generator=generator, dtype=torch.float64)
-    spread = torch.tensor([2.0, 0.5, 0.5], dtype=torch.float64)  # the first policy is far from what it should be
+    spread = torch.tensor([2.0, 0.5, 0.5], dtype=torch.float64)  # the first policy is far from its optimum
     policies = (enumeration.policies + spread * noise).log_softmax(1)
     mixture = MixturePolicyModel.from_policies(
         [TabularPolicy(logps) for logps in policies.unbind(-1)], reference=TabularPolicy(enumeration.reference)
@@ -127,9 +136,9 @@ def test_fit_finds_the_best_mixture_of_policies_that_are_not_optimal(tmp_path, p
     ratios = policies.flatten(0, 1) - density.unsqueeze(-1)
     reference = enumeration.reference.flatten() - density
     exact = MixtureTable(prompt, (rewards / BETA).flatten(0, 1), ratios, reference)
-    _, best = maximize_achieved(exact, MaxMin(), STARTS)
-    start = achieved_welfare(exact, UNIFORM, MaxMin())
-    found = achieved_welfare(exact, trainer.weights.detach(), MaxMin())
+    _, best = maximize_primal(exact, MaxMin(), STARTS)
+    start = primal_objective(exact, UNIFORM, MaxMin())
+    found = primal_objective(exact, trainer.weights.detach(), MaxMin())
     assert best - start > 0.05
     assert best - found < 0.1 * (best - start)
     assert trainer.certificate.of_mixture

@@ -28,8 +28,9 @@ from transformers import AutoModelForCausalLM
 
 from mpo_hf import MixturePolicyModel
 from mpo_hf.cli.main import main
-from mpo_hf.extraction.adapter_extraction import extract_adapter, low_rank_factors
+from mpo_hf.extraction.adapter_extraction import extract_adapter
 from mpo_hf.extraction.checkpoint import Checkpoint
+from mpo_hf.extraction.low_rank import low_rank_factors
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -15,14 +15,14 @@ ROOMS = {
     "mixture": set(),
     "estimation": set(),
     "extraction": {"mixture"},
-    "rewards": {"mixture"},
+    "rewards": {"mixture", "estimation"},
     "rollouts": {"mixture", "estimation"},
     "decoding": {"mixture", "estimation", "rewards", "rollouts"},
     "trainer": {"mixture", "estimation", "rewards", "rollouts"},
     "cli": {"mixture", "decoding", "extraction", "rewards", "rollouts", "trainer"},
 }
 # Files beside the rooms, for all of them.
-COMMON = {"lazy", ""}
+COMMON = {"lazy", "text_table", ""}
 
 
 def imports_of(path: Path) -> set[tuple[str, ...]]:

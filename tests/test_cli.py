@@ -490,6 +490,71 @@ def test_chat_needs_a_template(world):
     assert "chat template" in error_line(run("chat", "--model", world / "mix"))
 
 
+# ---- tokenizers ----
+
+
+CODE = """
+from transformers import PreTrainedTokenizerFast
+
+
+class Shouting(PreTrainedTokenizerFast):
+    def _decode(self, *args, **kwargs):
+        return super()._decode(*args, **kwargs).upper()
+"""
+
+
+@pytest.fixture
+def with_code(world, tmp_path):
+    """A mixture without a tokenizer, of one component without and one with a tokenizer that comes with code."""
+    for name in ("plain", "coded"):
+        toy_policy(1, 0.1).save_pretrained(tmp_path / name)
+    toy_tokenizer().save_pretrained(tmp_path / "coded")
+    (tmp_path / "coded" / "shouting.py").write_text(CODE)
+    path = tmp_path / "coded" / "tokenizer_config.json"
+    auto_map = {"AutoTokenizer": [None, "shouting.Shouting"]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "Shouting", "auto_map": auto_map}))
+    folders = [tmp_path / "plain", tmp_path / "coded"]
+    MixturePolicyModel.from_policies(folders, vocab_size=6).save_pretrained(tmp_path / "mix")
+    return tmp_path
+
+
+GENERATE = ["--max_new_tokens", 6, "--temperature", 0, "--prompt", "b c"]
+
+
+def test_code_of_a_tokenizer_is_run_if_trusted(world, with_code):
+    options = ["generate", "--model", with_code / "mix", *GENERATE]
+    line = error_line(run(*options))
+    # why each place was of no use: two folders without a tokenizer, and one whose code is not trusted
+    for name in ("mix", "plain", "coded"):
+        assert f"'{with_code / name}': " in line
+    assert "trust_remote_code" in line.partition(f"'{with_code / 'coded'}': ")[2] and "Save one there" in line
+    status, out, err = run(*options, "--trust_remote_code")
+    assert status == 0, err
+    tokenizer = toy_tokenizer()
+    tokenizer.save_pretrained(with_code / "mix")
+    assert out == completion_of(with_code / "mix", "b c", 6).upper() + "\n"
+    # the tokenizer in the folder of the mixture comes first; Transformers asks whether to trust that of the component
+    assert run(*options)[1].endswith(out.lower())
+
+
+def test_fit_takes_a_tokenizer_with_code(world, with_code, tmp_path):
+    options = [*fit_options(world, tmp_path / "fit", steps=1), "--tokenizer", with_code / "coded"]
+    line = error_line(run(*options))
+    assert line.startswith(f"mpo-hf fit: error: --tokenizer {with_code / 'coded'} has no tokenizer")
+    assert "trust_remote_code" in line
+    seen = str(tmp_path / "seen.json")
+    (tmp_path / "seeing.py").write_text(
+        "import json\n\n\ndef see(completions, **kwargs):\n"
+        f"    json.dump(completions, open({seen!r}, 'w'))\n    return [0.0] * len(completions)\n"
+    )
+    rewards = [f"{tmp_path}/seeing.py:see", f"{world}/my_rewards.py:count_b"]
+    options = [*fit_options(world, tmp_path / "fit", *rewards, steps=1), "--tokenizer", with_code / "coded"]
+    status, _, err = run(*options, "--trust_remote_code", "true")
+    assert status == 0, err
+    completions = json.loads((tmp_path / "seen.json").read_text())
+    assert completions and all(text == text.upper() for text in completions)
+
+
 # ---- inspect ----
 
 
@@ -537,6 +602,18 @@ def test_inspect_writes_json(world, tmp_path):
         "over",
         str(world / "ref"),
     ]
+
+
+def test_inspect_tells_licenses(world, tmp_path):
+    save_lora(tmp_path / "lora", str(world / "a"), seed=3)
+    (tmp_path / "lora" / "README.md").write_text("---\nlicense: mit\n---\n")
+    MixturePolicyModel.from_policies([world / "a", tmp_path / "lora"]).save_pretrained(tmp_path / "mix")
+    status, out, _ = run("inspect", tmp_path / "mix", "--json", "--offline")
+    assert status == 0
+    components = json.loads(out)["components"]
+    assert [c["license"] for c in components] == ["apache-2.0", "apache-2.0"]
+    assert [c["adapter_license"] for c in components] == [None, "mit"]
+    assert "mit over apache-2.0" in run("inspect", tmp_path / "mix")[1]
 
 
 def test_inspect_refuses_what_is_no_mixture(world):

@@ -16,7 +16,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
 from transformers import CompileConfig, StaticCache
 
-from mpo_hf import MixturePolicyModel, stacked_rows
+from mpo_hf import MixturePolicyModel
+from mpo_hf.mixture import stacked_rows
 from mpo_hf.mixture.compat import CACHE_NAME
 from mpo_hf.mixture.mixture_cache import StepCache
 
@@ -160,7 +161,7 @@ def test_weights_of_a_call_break_no_graph(pair, weights):
 
 
 def test_adapters_run_side_by_side_behind_a_prompt_that_was_too_long_for_it(pair, monkeypatch):
-    monkeypatch.setattr(stacked_rows, "MOST_TOKENS", 2 * ROWS)
+    monkeypatch.setattr(stacked_rows, "MAX_STACKED_TOKENS", 2 * ROWS)
     recorder = Recorder()
     for _ in range(2):
         assert recorder.generate(pair) == written_alone(pair)
@@ -169,7 +170,7 @@ def test_adapters_run_side_by_side_behind_a_prompt_that_was_too_long_for_it(pair
 
 @pytest.mark.parametrize("way", [{}, {"cache_implementation": "static"}], ids=["growing", "static"])
 def test_adapters_that_have_changed_are_noticed_behind_a_long_prompt(pair, monkeypatch, way):
-    monkeypatch.setattr(stacked_rows, "MOST_TOKENS", 2 * ROWS)
+    monkeypatch.setattr(stacked_rows, "MAX_STACKED_TOKENS", 2 * ROWS)
     before = pair.generate(**INPUTS, **SETTINGS, **way).tolist()
     with torch.no_grad():
         for name, parameter in pair.named_parameters():

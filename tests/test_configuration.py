@@ -9,7 +9,7 @@ from helpers import SIZES, VOCAB, tiny
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from mpo_hf import MixtureComponent, MixturePolicyConfig, MixturePolicyModel
-from mpo_hf.mixture.configuration_mixture import check_mixture_weights
+from mpo_hf.mixture.mixture_weights import check_mixture_weights
 
 
 TWO = [{"name_or_path": "org/a"}, {"name_or_path": "org/b"}]
@@ -180,7 +180,7 @@ def test_bad_weights_are_refused_wherever_they_enter(tmp_path, weights, message)
         MixturePolicyConfig.from_pretrained(write_config(tmp_path, mixture_weights=weights))
 
 
-def test_rounding_in_the_sum_of_weights_is_normalised_away():
+def test_rounding_in_the_sum_of_weights_is_normalized_away():
     weights = check_mixture_weights([0.33333, 0.33333, 0.33333], 3)
     assert weights.dtype == torch.float64
     torch.testing.assert_close(weights, torch.full((3,), 1 / 3, dtype=torch.float64), rtol=0, atol=1e-15)

@@ -157,7 +157,7 @@ def test_card_of_the_repo_is_kept_and_brought_up_to_date(story):
     assert config_of(hub, "author/mix")["mixture_weights"] == [0.9, 0.1]
 
 
-def test_card_gives_the_licences_of_the_components(story):
+def test_card_gives_the_licenses_of_the_components(story):
     card = card_of(story["hub"], "author/mix")
     assert "| apache-2.0 |" in card.text and "| unknown over apache-2.0 |" in card.text
     assert card.data.license is None  # the adapter's is not known
@@ -247,7 +247,7 @@ def test_unpinned_mixture_moves_with_its_components(story):
 def test_mixture_of_models_in_memory_travels_whole(story):
     assert_equal(result(story["reader"]["open_whole"]), result(story["author"]["push_whole"]))
     files = story["hub"].files("author/whole")
-    assert "model.safetensors" in files and b"holds the components whole" in files["README.md"]
+    assert "model.safetensors" in files and b"holds the weights of all components" in files["README.md"]
 
 
 def test_private_component_opens_with_a_token_only(story):

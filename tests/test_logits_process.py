@@ -538,7 +538,7 @@ def test_off_the_simplex(policy, gpt2, weights, kwargs):
     assert generate(policy, prompts(), processor, **kwargs) == generate(model, prompts(), **kwargs)
 
 
-def test_scores_are_normalised_log_probabilities(gpt2):
+def test_scores_are_normalized_log_probabilities(gpt2):
     ids, scores = prompts()["input_ids"], torch.randn(3, VOCAB) * 5
     processor = MixtureLogitsProcessor([gpt2], WEIGHTS[1])
     logps = processor(ids, scores)

@@ -42,7 +42,7 @@ def rows_of(card: ModelCard) -> list[list[str]]:
 
 
 def licensed(cache, **licenses):
-    """Puts cards into a cache of the Hub, each with a licence, or other metadata."""
+    """Puts cards into a cache of the Hub, each with a license, or other metadata."""
     for name, metadata in licenses.items():
         folder = cache.parent / f"card-{name}"
         folder.mkdir()
@@ -108,10 +108,10 @@ def test_rules_of_the_hub_can_be_broken(metadata, problem):
     assert problems_of("# Mine\n")[1]
 
 
-# ---- licences ----
+# ---- licenses ----
 
 
-def test_one_licence_of_all_components_is_that_of_the_mixture(cache):
+def test_one_license_of_all_components_is_that_of_the_mixture(cache):
     licensed(cache, a="mit", b="mit", lora="mit", ref="gemma")
     config = mixture_of("a", "b", lora="b")
     card = create_model_card(config, "org/mix")
@@ -124,7 +124,7 @@ def test_one_licence_of_all_components_is_that_of_the_mixture(cache):
     assert problems_of(f"---\n{data}\n---\n") == ([], [])
 
 
-def test_different_or_unknown_licences_are_listed_only(cache):
+def test_different_or_unknown_licenses_are_listed_only(cache):
     unreadable = {"text": "---\nlicense: [mit\n---\n"}
     licensed(cache, a="mit", b="apache-2.0", lora={"tags": ["x"]}, broken=unreadable, open="unknown")
     card = create_model_card(mixture_of("a", "b", "broken", "missing", "open", lora="a"), "org/mix")
@@ -134,7 +134,7 @@ def test_different_or_unknown_licences_are_listed_only(cache):
     assert create_model_card(mixture_of("a", "missing"), "org/mix").data.license is None
 
 
-def test_licence_is_that_of_the_revision(cache):
+def test_license_is_that_of_the_revision(cache):
     licensed(cache, a="mit")
     (cache.parent / "later").mkdir()
     (cache.parent / "later" / "README.md").write_text("---\nlicense: gemma\n---\n")
@@ -244,7 +244,7 @@ def test_card_says_how_good_the_weights_are():
         duality_gap_bound=0.0125,
         confidence=0.95,
         active=torch.tensor([1.0, 1.0]),
-        effective_sample_size=0.5,
+        effective_sample_fraction=0.5,
         mixture_rewards=torch.tensor([1.25, 0.5]),
         mixture_reward_errors=torch.tensor([0.125, 0.25]),
     )

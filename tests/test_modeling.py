@@ -39,7 +39,7 @@ def three(weights=(0.6, 0.0, 0.4)) -> MixturePolicyModel:
 
 
 @torch.no_grad()
-def test_loss_is_the_cross_entropy_of_the_renormalised_mixture(case, ids):
+def test_loss_is_the_cross_entropy_of_the_renormalized_mixture(case, ids):
     labels = ids.clone()
     labels[0, :4] = -100
     output = case.model(ids, labels=labels)
@@ -323,7 +323,7 @@ def test_cache_keeps_components_that_fall_silent_up_to_date(ids):
 def test_cache_of_another_model_is_refused(build, ids):
     other = tiny("qwen2", 9)
     cache = build(other.config)
-    other(ids[:, :4], cache=cache)
+    other(ids[:, :4], **{CACHE_NAME: cache})
     with pytest.raises(ValueError, match="cache holds 4 tokens of a model that is not this mixture"):
         three()(ids[:, 4:], cache=cache)
 

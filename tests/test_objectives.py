@@ -83,12 +83,12 @@ def test_dual_is_zero_at_every_vertex_and_negative_inside(enumeration):
     assert enumeration.dual([1 / 3] * 3) < -0.01
 
 
-def test_normalised_rewards_make_the_dual_zero_at_every_vertex():
+def test_normalized_rewards_make_the_dual_zero_at_every_vertex():
     torch.manual_seed(0)
     rewards = torch.randn(4, 16, 3).double()
-    normalised = normalize_rewards(rewards, beta=0.3) / 0.3
+    normalized = normalize_rewards(rewards, beta=0.3) / 0.3
     for vertex in torch.eye(3).double():
-        assert dual_objective(vertex, normalised)[0].item() == pytest.approx(0, abs=1e-9)
+        assert dual_objective(vertex, normalized)[0].item() == pytest.approx(0, abs=1e-9)
 
 
 def test_effective_sample_size_counts_equal_weights():

@@ -15,8 +15,8 @@ def test_step_is_the_exponentiated_gradient_update():
     optimizer = MirrorDescent([weights], lr=lr)
     weights.grad = torch.tensor(grad, dtype=torch.float64)
     optimizer.step()
-    unnormalised = [w * math.exp(-lr * g) for w, g in zip([0.2, 0.3, 0.5], grad)]
-    expected = [u / sum(unnormalised) for u in unnormalised]
+    unnormalized = [w * math.exp(-lr * g) for w, g in zip([0.2, 0.3, 0.5], grad)]
+    expected = [u / sum(unnormalized) for u in unnormalized]
     torch.testing.assert_close(weights.detach(), torch.tensor(expected, dtype=torch.float64))
 
 

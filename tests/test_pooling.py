@@ -8,7 +8,7 @@ from helpers import CLOSE
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mpo_hf import pooling
+from mpo_hf.mixture import pooling
 from mpo_hf.mixture.pooling import log_linear_pool, log_normalizer, rule_out_implausible
 
 
@@ -23,7 +23,7 @@ def test_pool_is_the_weighted_sum_of_log_probabilities():
     torch.testing.assert_close(log_linear_pool(logits, weights), expected.float(), **CLOSE)
 
 
-def test_pool_is_not_renormalised_and_its_normaliser_is_the_lost_mass():
+def test_pool_is_not_renormalized_and_its_normalizer_is_the_lost_mass():
     logits, weights = random_logits(), torch.tensor([0.2, 0.5, 0.3])
     products = torch.stack([x.softmax(-1) ** w for w, x in zip(weights, logits)]).prod(0)
     pooled = log_linear_pool(logits, weights)
@@ -32,7 +32,7 @@ def test_pool_is_not_renormalised_and_its_normaliser_is_the_lost_mass():
     assert (log_normalizer(pooled) < -0.05).all()
 
 
-def test_normaliser_is_zero_where_all_components_agree():
+def test_normalizer_is_zero_where_all_components_agree():
     (logits,) = random_logits(count=1)
     pooled = log_linear_pool([logits, logits + 3.0], torch.tensor([0.25, 0.75]))
     torch.testing.assert_close(log_normalizer(pooled), torch.zeros(4, 5), **CLOSE)
@@ -132,7 +132,7 @@ class Storages(TorchDispatchMode):
 @pytest.mark.parametrize("weights", [[0.2, 0.5, 0.3], torch.full((4, 3), 1 / 3)], ids=["numbers", "by row"])
 def test_nothing_but_the_result_is_of_the_size_of_the_logits(dtype, weights, monkeypatch):
     logits = random_logits(dtype=dtype)
-    monkeypatch.setitem(pooling.AT_A_TIME, "cpu", 2 * 7)
+    monkeypatch.setitem(pooling.CHUNK_NUMEL, "cpu", 2 * 7)
     with torch.no_grad(), Storages(*logits) as made:
         pooled = log_linear_pool(logits, weights)
         log_normalizer(pooled)
@@ -149,7 +149,7 @@ BY_ROW = torch.tensor([[0.2, 0.8, 0.0], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0], [1.0, 
     "rank, weights", [(1, [0.2, 0.0, 0.8]), (2, torch.tensor([0.4, 0.6, 0.0])), (3, [0.2, 0.5, 0.3]), (3, BY_ROW)]
 )
 def test_parts_add_up_to_what_is_differentiated(at_a_time, rank, weights, monkeypatch):
-    monkeypatch.setitem(pooling.AT_A_TIME, "cpu", at_a_time)
+    monkeypatch.setitem(pooling.CHUNK_NUMEL, "cpu", at_a_time)
     logits = [x[(0,) * (3 - rank)] for x in random_logits()]
     logits[0][..., 2] = -torch.inf
     if rank > 1:  # rows need not lie side by side in memory
@@ -167,7 +167,7 @@ def test_gradients_reach_weights_and_logits():
     assert torch.autograd.gradcheck(lambda w, *x: log_normalizer(log_linear_pool(x, w)), (weights, *logits))
 
 
-def test_gradient_of_the_normaliser_is_the_expected_log_probability():
+def test_gradient_of_the_normalizer_is_the_expected_log_probability():
     # ∂ log Z/∂λ_k = E_{v~π_λ}[log π_k(v)]
     logits = random_logits(count=3, dtype=torch.float64)
     weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64, requires_grad=True)

@@ -28,7 +28,7 @@ def test_neighbors_are_on_the_simplex_and_within_the_angle(target, max_angle):
     torch.testing.assert_close(weights.sum(-1), torch.ones(2000, dtype=torch.float64))
     angles = angles_to(target, weights)
     assert angles.max() <= max_angle + 1e-6
-    # the neighbourhood is used up to its edge, or to the corner of the simplex that is farthest away
+    # the neighborhood is used up to its edge, or to the corner of the simplex that is farthest away
     farthest = max(angles_to(target, torch.eye(len(target), dtype=torch.float64)).tolist())
     assert angles.max() > 0.8 * min(max_angle, farthest)
 

@@ -46,7 +46,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from mpo_hf.mixture.compat import CACHE_NAME
-from mpo_hf.mixture.component_loading import HUB_KWARGS
+from mpo_hf.mixture.hub_files import HUB_KWARGS
 from mpo_hf.mixture.mixture_generation import REFUSED_OPTIONS
 
 
@@ -92,10 +92,10 @@ BASES = {
 OWN_ARGUMENTS = {
     "MixtureGenerationMixin._expand_inputs_for_generation": "mixture_weights",
     "MixturePolicyModel.forward": "cache mixture_weights output_attentions output_hidden_states past_key_values return_dict",
-    "MixturePolicyModel.push_to_hub": "pin_revisions upload_adapters with_code",
     "MixturePolicyModel.save_pretrained": "with_code",
     "MixtureSaving.create_model_card": "output_dir",
     "MixtureSaving.push_to_hub": "pin_revisions private upload_adapters",
+    "MixtureSharingMixin.push_to_hub": "pin_revisions upload_adapters with_code",
 }
 
 # Names that are read of objects which the reader cannot follow, by their class.

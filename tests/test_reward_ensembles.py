@@ -162,7 +162,7 @@ def test_names():
         (([],), {}, "two or more reward functions, got 0"),
         (([length],), {}, "two or more reward functions, got 1"),
         (("org/rm",), {}, "list of two or more .*, got 1"),
-        (([length, 3],), {}, "3 is no reward function"),
+        (([length, 3],), {}, "3 is not a reward function"),
         (([length, length], "min"), {}, r"one of \['mean', 'worst_case', 'uncertainty'\], got 'min'"),
         (([length, length], "uncertainty"), {}, "needs a `coefficient`"),
         (([length, length],), {"coefficient": 0.5}, "0.5 would have no effect with 'mean'"),

@@ -1,4 +1,4 @@
-"""What rewards are compared on, against loops over completions."""
+"""Reward scales, against loops over completions."""
 
 import math
 
@@ -67,7 +67,7 @@ def test_gains_from_the_reference_and_from_thresholds(scale):
     torch.testing.assert_close(rewards, before)
 
 
-def test_optimal_is_the_normalisation_of_the_paper():
+def test_optimal_is_the_normalization_of_the_paper():
     generator = torch.Generator().manual_seed(0)
     rewards = torch.rand(4, 5, 3, generator=generator, dtype=torch.float64)
     log_ratios = torch.randn(4, 5, generator=generator, dtype=torch.float64)

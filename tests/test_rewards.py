@@ -267,9 +267,9 @@ class TestBuilder:
         tokenizer = make_tokenizer()
         model = make_model()
         spec = RewardModelSpec(saved.language_model, adapter=saved.over_lm)
-        labelled = RewardModelSpec(model, processing_class=tokenizer, label="kind")
+        labeled = RewardModelSpec(model, processing_class=tokenizer, label="kind")
         classes = [tokenizer, tokenizer, None, None, None]
-        functions = make_reward_functions([model, saved.classifier, spec, labelled, length], None, classes, "cpu")
+        functions = make_reward_functions([model, saved.classifier, spec, labeled, length], None, classes, "cpu")
         names = ["LlamaForSequenceClassification", "classifier", "over_lm", "kind", "length"]
         assert [f.name for f in functions] == names
         assert functions[0].model is model and functions[4].model is None
@@ -288,7 +288,7 @@ class TestBuilder:
             make_reward_functions([length, length], names=["a"])
         with pytest.raises(ValueError, match="`processing_classes` has 1 entries for 2"):
             make_reward_functions([length, length], processing_classes=make_tokenizer())
-        with pytest.raises(ValueError, match="3 is no reward function"):
+        with pytest.raises(ValueError, match="3 is not a reward function"):
             make_reward_functions([3])
         with pytest.raises(ValueError, match="not in both"):
             spec = RewardModelSpec(make_model(), processing_class=make_tokenizer())
@@ -508,7 +508,7 @@ class TestLoading:
 
     def test_a_head_that_would_be_random(self, saved):
         spec = RewardModelSpec(saved.language_model, processing_class=make_tokenizer(), logit=0)
-        with pytest.raises(ValueError, match=r"no reward model: its checkpoint lacks \['score.weight'\]"):
+        with pytest.raises(ValueError, match=r"not a reward model: its checkpoint lacks \['score.weight'\]"):
             ModelReward(spec)
 
     def test_adapters_that_do_not_fit(self, saved):
@@ -523,9 +523,9 @@ class TestLoading:
             ModelReward(RewardModelSpec(model, adapter=saved.over_cls, processing_class=tokenizer))
 
     def test_no_tokenizer(self, saved):
-        with pytest.raises(ValueError, match=r"no tokenizer for the reward 'Llama.*': give `processing_class`"):
+        with pytest.raises(ValueError, match=r"The reward 'Llama.*' has no tokenizer .* Give `processing_class`"):
             ModelReward(make_model())
-        with pytest.raises(ValueError, match="no tokenizer .* Tried: .*language_model"):
+        with pytest.raises(ValueError, match="no tokenizer .* Tried .*language_model'?: "):
             ModelReward(RewardModelSpec(saved.classifier, processing_class=saved.language_model))
 
 

@@ -25,7 +25,7 @@ from mpo_hf.estimation import DualTable, certify, minimize_dual
 from mpo_hf.rewards import RewardError
 from mpo_hf.rollouts.store import write_whole
 from mpo_hf.trainer import rollout_fit
-from mpo_hf.trainer.goal import Goal
+from mpo_hf.trainer.fit_problem import FitProblem
 
 
 LABELS = ["a", "b"]
@@ -75,7 +75,7 @@ def test_few_completions_close_most_of_the_gap(tmp_path, objective, proposal, fa
     assert 0 <= gap <= factor * uniform_gap
 
 
-def test_the_fit_ends_when_it_is_sure_enough(trainer):
+def test_the_fit_ends_when_it_has_converged(trainer):
     prompts = Dataset.from_dict({"prompt": [f"{a} {b}" for a in "abcd" for b in "abcd"]})
     run = trainer(dataset=prompts, tolerance=0.02, max_steps=200, per_device_train_batch_size=16, beta=1.0)
     run.train()
@@ -96,7 +96,7 @@ def test_everything_that_is_known_of_a_completion_is_kept(trainer, folders, tmp_
     ]
     table = load_dataset("parquet", data_files=str(tmp_path / "run/_rollouts/rollouts-*.parquet"), split="train")
     assert len(table) == 3 * 2 * 8 and len(set(table["id"])) == len(table)
-    policies = {label: run.policies[k] for k, label in enumerate(LABELS)}
+    policies = {label: run.policy_models[k] for k, label in enumerate(LABELS)}
     for row in table.select(range(0, len(table), 7)):
         ids = torch.tensor([row["completion_ids"]])
         assert toy_tokenizer()(row["prompt"])["input_ids"] == row["prompt_ids"]
@@ -124,10 +124,10 @@ def test_proposals_that_drew_for_one_prompt_are_weighed_together(trainer, folder
     """The proposal is renewed at every step; densities are compared with those of independent models."""
     run = trainer(proposal="mixture", refresh_below=1.0, max_steps=4, per_device_train_batch_size=16)
     run.train()
-    numbers = run.rollouts.numbers
+    numbers = run.rollout_fit.columns
     proposals = list(numbers.proposals)
     assert len(proposals) == 4
-    rows = run.rollouts.store.read(("prompt_ids", "completion_ids"))
+    rows = run.rollout_fit.store.read(("prompt_ids", "completion_ids"))
     models = {p: MixturePolicyModel.from_policies([folders / n for n in LABELS], weights=p) for p in proposals}
     logps = {
         p: [
@@ -159,16 +159,18 @@ def test_no_row_is_left_out_at_the_end_and_none_is_used_early(trainer, folders, 
         )
     monkeypatch.setattr(rollout_fit, "GROWTH", 0.5)
     sizes = []
-    make_estimate = run.rollouts.make_estimate
+    make_estimator = run.rollout_fit.make_estimator
     monkeypatch.setattr(
-        run.rollouts, "make_estimate", lambda *rows: sizes.append(len(run.rollouts.numbers)) or make_estimate(*rows)
+        run.rollout_fit,
+        "make_estimator",
+        lambda *rows: sizes.append(len(run.rollout_fit.columns)) or make_estimator(*rows),
     )
     run.train()
     assert sizes == ([8, 16, 32, 48] if given else [8, 16, 24, 40, 48])
-    (weights,), _ = minimize_dual(make_estimate().table)
+    (weights,), _ = minimize_dual(make_estimator().table)
     torch.testing.assert_close(run.weights.detach(), weights, atol=1e-9, rtol=0)
     assert run.certificate.rewards.tolist() == pytest.approx(
-        certify(make_estimate().table, weights, run.rollouts.rewards).rewards.tolist()
+        certify(make_estimator().table, weights, run.rollout_fit.rewards).rewards.tolist()
     )
 
 
@@ -176,15 +178,15 @@ def test_the_loss_is_computed_once_for_an_estimate_and_weights(trainer, monkeypa
     run = trainer(max_steps=2)
     run.train()
     weights = torch.tensor([0.3, 0.7], dtype=torch.float64, requires_grad=True)
-    expected = run.rollouts.estimate.loss(weights)
+    expected = run.rollout_fit.estimator.loss(weights)
     (gradient,) = torch.autograd.grad(expected, weights)
     for _ in range(2):
-        found = run.rollouts.loss(weights)
+        found = run.rollout_fit.loss(weights)
         assert torch.equal(found, expected)
         assert torch.equal(torch.autograd.grad(found, weights)[0], gradient)
         monkeypatch.setattr(DualTable, "by_prompt", never)
     with pytest.raises(AssertionError, match="should not have been called"):
-        run.rollouts.loss(weights.detach() + torch.tensor([0.1, -0.1]))
+        run.rollout_fit.loss(weights.detach() + torch.tensor([0.1, -0.1]))
 
 
 def test_without_scores_of_the_policies_the_weights_are_the_same(trainer, folders, tmp_path, monkeypatch):  # noqa: F811
@@ -196,9 +198,9 @@ def test_without_scores_of_the_policies_the_weights_are_the_same(trainer, folder
         run.train()
     assert torch.equal(run.weights, whole.weights)
     assert run.certificate.duality_gap_bound == whole.certificate.duality_gap_bound
-    assert run.certificate.mixture_rewards is None and run.certificate.shortfall is None
+    assert run.certificate.mixture_rewards is None and run.certificate.mixture_duality_gap is None
     assert whole.certificate.mixture_rewards is not None
-    assert set(run.rollouts.store.read(("policy_logps",))["policy_logps"]) == {None}
+    assert set(run.rollout_fit.store.read(("policy_logps",))["policy_logps"]) == {None}
     # what another objective needs is computed when it does
     later = refit(folders, tmp_path / "fast" / "_rollouts", tmp_path, objective="achieved", proposal="reference")
     later.train()
@@ -225,19 +227,19 @@ def test_a_share_of_the_prompts_is_scored_under_the_policies(trainer, tmp_path):
         trainer("part", score_policies=0.5, callbacks=[Interrupt(9)], **options).train()
     run = trainer("part", score_policies=0.5, **options)
     run.train(resume_from_checkpoint=True)
-    scored = scored_by_prompt(run.rollouts.store)
+    scored = scored_by_prompt(run.rollout_fit.store)
     assert set(map(len, scored.values())) == {8}  # every prompt was visited twice
     for prompt, rows in scored.items():
         assert set(rows) == {int(rollout_fit.prompt_key({"prompt": prompt}), 16) < 0.5 * 16**16}
     assert len(scored) == 16 and 2 <= sum(map(all, scored.values())) < 16
     assert torch.equal(run.weights, whole.weights)
-    for name in ("duality_gap_bound", "effective_sample_size"):
+    for name in ("duality_gap_bound", "effective_sample_fraction"):
         assert getattr(run.certificate, name) == getattr(whole.certificate, name)
-    covered = torch.tensor([all(scored[prompt]) for prompt in run.rollouts.store.read(("prompt",))["prompt"]])
-    table = run.rollouts.estimate.mixture
+    covered = torch.tensor([all(scored[prompt]) for prompt in run.rollout_fit.store.read(("prompt",))["prompt"]])
+    table = run.rollout_fit.estimator.mixture
     assert torch.equal(table.rows, covered.nonzero().squeeze(-1))
     shares, _ = table.shares(run.weights.detach())
-    rewards = run.rollouts.rewards[covered]
+    rewards = run.rollout_fit.rewards[covered]
     means = [shares[of] @ rewards[of] for of in (table.prompt == prompt for prompt in table.prompt.unique())]
     torch.testing.assert_close(run.certificate.mixture_rewards, torch.stack(means).mean(0))
     logged = [entry for entry in run.state.log_history if "loss" in entry][-1]
@@ -261,25 +263,25 @@ def test_a_later_fit_scores_what_is_not_scored_yet(trainer, folders, tmp_path, m
         same = refit(folders, store, tmp_path, "same", score_policies=0.5)
         same.train()
     assert torch.equal(same.certificate.mixture_rewards, part.certificate.mixture_rewards)
-    assert same.rollouts.numbers == part.rollouts.numbers
+    assert same.rollout_fit.columns == part.rollout_fit.columns
     monkeypatch.setattr(
         MPOTrainer, "policy_logps", lambda self, part: counts.append(len(part)) or policy_logps(self, part)
     )
     later = refit(folders, store, tmp_path, "later")
     later.train()
-    found, before = (run.rollouts.numbers["policy_logps"] for run in (later, part))
+    found, before = (run.rollout_fit.columns["policy_logps"] for run in (later, part))
     known = ~torch.from_numpy(before).isnan().any(-1)
     assert 0 < known.sum() < len(known) and sum(counts) == (~known).sum()
     assert (found[known] == before[known]).all()
     # float32 in batches of other sizes
     for one, other in [
-        (torch.from_numpy(found), torch.from_numpy(whole.rollouts.numbers["policy_logps"])),
+        (torch.from_numpy(found), torch.from_numpy(whole.rollout_fit.columns["policy_logps"])),
         (later.certificate.mixture_rewards, whole.certificate.mixture_rewards),
     ]:
         torch.testing.assert_close(one, other, **CLOSE)
     achieved = refit(folders, store, tmp_path, "achieved", objective="achieved", score_policies=0)
     achieved.train()
-    assert achieved.rollouts.estimate.mixture.rows is None and achieved.certificate.of_mixture
+    assert achieved.rollout_fit.estimator.mixture.rows is None and achieved.certificate.of_mixture
 
 
 @pytest.mark.parametrize("scored, expected", [({0, 2, 3}, [0, 1, 4, 5, 6, 7]), ({2}, None), (set(), None)])
@@ -290,21 +292,25 @@ def test_only_prompts_that_are_scored_wholly_tell_what_a_mixture_reaches(tmp_pat
     for x in set(range(4)) - scored:
         policy_logps[2 * x] = torch.nan  # the other completion of the prompt is scored
     zeros = torch.zeros(8, dtype=torch.float64)
-    goal = Goal(make_args(tmp_path, estimator="mis"), LABELS)
-    estimate = goal.estimate(prompt, zeros, policy_logps, zeros, rewards)
-    certificate = estimate.certify(torch.tensor([0.4, 0.6]), torch.tensor([0.4, 0.6]).double(), rewards)
+    problem = FitProblem(make_args(tmp_path, estimator="mis"), LABELS)
+    estimator = problem.make_estimator(prompt, zeros, policy_logps, zeros, rewards)
+    certificate = estimator.certify(torch.tensor([0.4, 0.6]), torch.tensor([0.4, 0.6]).double(), rewards)
     if expected is None:
-        assert estimate.mixture is None and certificate.mixture_rewards is None and certificate.shortfall is None
+        assert (
+            estimator.mixture is None
+            and certificate.mixture_rewards is None
+            and certificate.mixture_duality_gap is None
+        )
         return
-    assert estimate.mixture.rows.tolist() == expected and estimate.mixture.prompt.tolist() == [0, 0, 1, 1, 2, 2]
+    assert estimator.mixture.rows.tolist() == expected and estimator.mixture.prompt.tolist() == [0, 0, 1, 1, 2, 2]
     columns = (column[expected] for column in (zeros, policy_logps, zeros, rewards))
-    alone = goal.estimate(estimate.mixture.prompt, *columns)
+    alone = problem.make_estimator(estimator.mixture.prompt, *columns)
     alone = alone.certify(certificate.weights, certificate.weights, rewards[expected])
-    for name in ("mixture_rewards", "mixture_reward_errors", "shortfall", "shortfall_error"):
+    for name in ("mixture_rewards", "mixture_reward_errors", "mixture_duality_gap", "mixture_duality_gap_error"):
         assert torch.equal(*(torch.as_tensor(getattr(c, name)) for c in (certificate, alone))), name
-    goal = Goal(make_args(tmp_path, estimator="mis", objective="achieved"), LABELS)
+    problem = FitProblem(make_args(tmp_path, estimator="mis", objective="achieved"), LABELS)
     with pytest.raises(ValueError, match="those of 1 of 8 are not numbers"):
-        goal.estimate(prompt, zeros, policy_logps, zeros, rewards)
+        problem.make_estimator(prompt, zeros, policy_logps, zeros, rewards)
 
 
 def test_shares_begin_with_no_prompt_and_end_with_all():
@@ -333,17 +339,17 @@ def test_a_second_fit_costs_no_generation(trainer, folders, tmp_path, monkeypatc
     monkeypatch.setattr(MixturePolicyModel, "forward", never)
     same = refit(folders, store, tmp_path, proposal="mixture", per_device_train_batch_size=16)
     same.train()
-    (weights,), _ = minimize_dual(first.rollouts.make_estimate().table)
-    assert len(first.rollouts.numbers.proposals) > 1
+    (weights,), _ = minimize_dual(first.rollout_fit.make_estimator().table)
+    assert len(first.rollout_fit.columns.proposals) > 1
     torch.testing.assert_close(same.weights.detach(), weights, atol=1e-9, rtol=0)
-    assert len(same.rollouts.numbers) == len(first.rollouts.numbers)
+    assert len(same.rollout_fit.columns) == len(first.rollout_fit.columns)
     other = refit(folders, store, tmp_path, "implicit", objective="implicit")
     other.train()
     assert other.weights.sum().item() == pytest.approx(1)
     alone = refit(folders, store, tmp_path, "alone", labels=["b"], beta=2.0)
     alone.train()
     assert alone.model.config.mixture_weights == [1.0]
-    assert alone.certificate.rewards.tolist() == pytest.approx([alone.rollouts.rewards.mean().item()], abs=0.5)
+    assert alone.certificate.rewards.tolist() == pytest.approx([alone.rollout_fit.rewards.mean().item()], abs=0.5)
 
 
 def test_completions_scored_under_other_policies_are_warned_about(trainer, folders, tmp_path, caplog):  # noqa: F811
@@ -369,7 +375,7 @@ def test_a_table_from_elsewhere_is_completed(trainer, folders, tmp_path):  # noq
     """All completions of the reference policy, with nothing but their texts: their log-probabilities are computed."""
     run = trainer(proposal="reference", max_steps=8, per_device_train_batch_size=16)
     run.train()
-    rows = run.rollouts.store.read(("prompt", "completion_ids"))
+    rows = run.rollout_fit.store.read(("prompt", "completion_ids"))
     given = refit(folders, Dataset.from_dict(rows), tmp_path, rewards=[count_c, count_b])
     given.train()
     torch.testing.assert_close(given.weights, run.weights, **CLOSE)
@@ -405,7 +411,9 @@ def test_where_policies_lie_changes_nothing(trainer, folders, tmp_path, estimato
             place, mixture, estimator=estimator, proposal=proposal, refresh_below=1.0, max_steps=3, save_strategy="no"
         )
         run.train()
-        on_disk = [any(p.is_meta for p in policy.parameters()) for policy in (*run.policies, run.reference_policy)]
+        on_disk = [
+            any(p.is_meta for p in policy.parameters()) for policy in (*run.policy_models, run.reference_policy)
+        ]
         assert any(on_disk) == (device_map is not None)
         found[place] = run.weights.tolist()
     assert set(map(tuple, found.values())) == {tuple(found["in memory"])}
@@ -413,12 +421,12 @@ def test_where_policies_lie_changes_nothing(trainer, folders, tmp_path, estimato
 
 
 @pytest.mark.parametrize("estimator", ["bsmd", "mis"])
-def test_a_quantised_policy_beside_a_plain_one_is_fitted_as_it_is(trainer, folders, estimator):  # noqa: F811
-    quantisation = QuantoConfig(weights="int8")
+def test_a_quantized_policy_beside_a_plain_one_is_fitted_as_it_is(trainer, folders, estimator):  # noqa: F811
+    quantization = QuantoConfig(weights="int8")
     found = []
     for policies, kwargs in (
-        ([folders / "a", folders / "b"], {"quantization_config": {"component_1": quantisation}}),
-        ([folders / "a", AutoModelForCausalLM.from_pretrained(folders / "b", quantization_config=quantisation)], {}),
+        ([folders / "a", folders / "b"], {"quantization_config": {"component_1": quantization}}),
+        ([folders / "a", AutoModelForCausalLM.from_pretrained(folders / "b", quantization_config=quantization)], {}),
         ([folders / "a", folders / "b"], {}),
     ):
         mixture = MixturePolicyModel.from_policies(policies, reference=folders / "ref", labels=LABELS, **kwargs)
@@ -444,7 +452,7 @@ def test_resuming_gives_the_same_to_the_last_bit(trainer, objective, proposal):
     resumed = trainer("broken", **options)
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(resumed.weights, whole.weights)
-    assert resumed.rollouts.numbers == whole.rollouts.numbers
+    assert resumed.rollout_fit.columns == whole.rollout_fit.columns
     assert resumed.certificate.duality_gap_bound == whole.certificate.duality_gap_bound
 
 
@@ -483,7 +491,7 @@ def test_a_full_disk_leaves_no_half_shard_and_doubles_none(trainer, tmp_path, mo
             path.unlink()
         resumed.train()
     assert torch.equal(resumed.weights, whole.weights)
-    assert resumed.rollouts.numbers == whole.rollouts.numbers
+    assert resumed.rollout_fit.columns == whole.rollout_fit.columns
 
 
 def test_shards_of_a_process_that_is_ahead_are_not_read_before_it_tells_of_them(trainer, tmp_path, monkeypatch):
@@ -492,17 +500,17 @@ def test_shards_of_a_process_that_is_ahead_are_not_read_before_it_tells_of_them(
     store = tmp_path / "run" / "_rollouts"
     ahead = {path: path.read_bytes() for path in store.glob("*-00000004-0000.parquet")}
     run = trainer()
-    discard = run.rollouts.store.discard_after
+    discard = run.rollout_fit.store.discard_after
 
     def discard_and_see_others_go_ahead(step):
         discard(step)
         for path, content in ahead.items():
             path.write_bytes(content)
 
-    monkeypatch.setattr(run.rollouts.store, "discard_after", discard_and_see_others_go_ahead)
-    run.rollouts.begin(3, None)
-    assert len(ahead) > 0 and len(run.rollouts.store.shards()) == 4
-    assert len(run.rollouts.numbers) == 3 * 8
+    monkeypatch.setattr(run.rollout_fit.store, "discard_after", discard_and_see_others_go_ahead)
+    run.rollout_fit.begin(3, None)
+    assert len(ahead) > 0 and len(run.rollout_fit.store.shards()) == 4
+    assert len(run.rollout_fit.columns) == 3 * 8
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
@@ -547,7 +555,7 @@ run = make_trainer(mixture, out, estimator="mis", num_resamples=20, proposal="mi
 resume = any(n.startswith("checkpoint-") for n in os.listdir(out)) if os.path.isdir(out) else False
 print("ready", flush=True)
 run.train(resume_from_checkpoint=resume or None)
-print("done", run.model.config.mixture_weights, len(run.rollouts.numbers), len(set(run.rollouts.numbers["id"])), flush=True)
+print("done", run.model.config.mixture_weights, len(run.rollout_fit.columns), len(set(run.rollout_fit.columns["id"])), flush=True)
 """
 
 
@@ -611,8 +619,8 @@ def test_several_processes_find_what_one_finds_on_the_same_completions(folders, 
     assert all(weights == found[0] for weights in found)
     alone = refit(folders, tmp_path / "run" / "_rollouts", tmp_path, proposal="mixture")
     alone.train()
-    shards = alone.rollouts.store.read(("id",))["id"]
-    assert len(alone.rollouts.numbers) == len(shards) == len(set(shards)) >= 4 * processes * 8
+    shards = alone.rollout_fit.store.read(("id",))["id"]
+    assert len(alone.rollout_fit.columns) == len(shards) == len(set(shards)) >= 4 * processes * 8
     assert alone.model.config.mixture_weights == pytest.approx(found[0], abs=1e-6)
 
 
@@ -645,7 +653,7 @@ def test_rollouts_that_cannot_be_used_are_refused(folders, tmp_path):  # noqa: F
     "kwargs, message",
     [
         ({"estimator": "snis"}, "`estimator` must be one of"),
-        ({"tolerance": 0.1}, "does not know how far"),
+        ({"tolerance": 0.1}, "does not estimate how far"),
         ({"estimator": "mis", "confidence": 1.0}, "`confidence` must be between"),
         ({"estimator": "mis", "num_resamples": 0}, "`num_resamples` must be at least 1"),
         *(({"score_policies": bad}, "`score_policies` must be a share") for bad in (1.5, -0.1, float("nan"), "half")),

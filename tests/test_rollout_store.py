@@ -10,11 +10,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from mpo_hf import rollout_store
 from mpo_hf.estimation import balance_heuristic
-from mpo_hf.rollouts.columns import Numbers
+from mpo_hf.rollouts.columns import RolloutColumns
 from mpo_hf.rollouts.store import RolloutStore, StoredCompletions, first_id
-from mpo_hf.trainer import rollout_numbers
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
@@ -25,7 +23,7 @@ import rollout_store as benchmark  # noqa: E402
 
 
 class Plain:
-    """What `Numbers` says, by looking at every row of a list."""
+    """What `RolloutColumns` says, by looking at every row of a list."""
 
     def __init__(self):
         self.rows, self.densities = [], {}
@@ -88,8 +86,8 @@ def some_rows(chance, ids, proposals):
 
 @pytest.mark.parametrize("in_order", [True, False], ids=["ids ascend", "ids in any order"])
 def test_columns_say_what_a_look_at_every_row_would(in_order, monkeypatch):
-    chance, numbers, plain = random.Random(0), Numbers(), Plain()
-    monkeypatch.setattr(rollout_numbers, "_CHUNK", 100)
+    chance, numbers, plain = random.Random(0), RolloutColumns(), Plain()
+    monkeypatch.setattr("mpo_hf.rollouts.columns._CHUNK", 100)
     ids = list(range(1600)) if in_order else chance.sample(range(10**6), 1600)
     given = [(i, chance.choice(PROPOSALS)) for i in chance.choices(ids, k=500)]  # of completions that come later
     steps = [ids[start : start + 40] for start in range(0, len(ids), 40)]
@@ -129,7 +127,7 @@ def test_columns_say_what_a_look_at_every_row_would(in_order, monkeypatch):
 
 
 def test_numbers_that_are_not_known_are_nan_beside_those_that_are():
-    chance, numbers = random.Random(0), Numbers()
+    chance, numbers = random.Random(0), RolloutColumns()
     for ids, unknown in (([0, 1], [None] * 2), ([2, 3], None), ([4, 5], [None, [1.0, 2.0]]), ([6], [None])):
         rows = some_rows(chance, ids, PROPOSALS)
         if unknown is not None:
@@ -140,7 +138,7 @@ def test_numbers_that_are_not_known_are_nan_beside_those_that_are():
     assert np.isnan(numbers["rewards"]).all(1).tolist() == [True, True, False, False, True, False, True]
     assert np.isnan(numbers["reference_logps"]).tolist() == [True, True, False, False, True, False, True]
     assert numbers["rewards"][5].tolist() == [1.0, 2.0] and numbers["policy_logps"].shape == (7, 2)
-    same = Numbers()
+    same = RolloutColumns()
     assert same != numbers
     rows = some_rows(random.Random(0), [0, 1], PROPOSALS).drop_columns("rewards").append_column("rewards", pa.nulls(2))
     same.extend(rows)
@@ -153,7 +151,7 @@ def test_numbers_that_are_not_known_are_nan_beside_those_that_are():
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     """Seven completions a shard, in row groups of three."""
-    monkeypatch.setattr(rollout_store, "ROW_GROUP", 3)
+    monkeypatch.setattr("mpo_hf.rollouts.store.ROW_GROUP", 3)
     store = RolloutStore(tmp_path, {"objectives": ["a", "b"]})
     for step in (1, 2):
         for part in (0, 1):

@@ -6,7 +6,8 @@ from helpers import BOS, CLOSE, EOS, PAD, SIZES, VOCAB, close, load_lora, save_l
 from toy import LENGTH, PROMPTS, VOCAB_SIZE, enumerate_completions, sequence_logps, toy_policy, toy_tokenizer
 from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
-from mpo_hf import MixturePolicyModel, pooling, scoring
+from mpo_hf import MixturePolicyModel
+from mpo_hf.mixture import pooling
 from mpo_hf.rollouts import (
     completion_logps,
     mixture_logps,
@@ -15,6 +16,7 @@ from mpo_hf.rollouts import (
     sample_completions,
     tokenize_prompts,
 )
+from mpo_hf.rollouts.scoring import token_logps
 
 
 @pytest.fixture(scope="module")
@@ -260,12 +262,12 @@ def test_token_log_probabilities_some_positions_at_a_time(dtype, monkeypatch):
     logits = [3 * torch.randn(2, 5, VOCAB, generator=torch.Generator().manual_seed(k)).to(dtype) for k in range(2)]
     logits[0][..., 3] = -torch.inf
     ids = torch.arange(10).view(2, 5) % 3
-    monkeypatch.setitem(pooling.AT_A_TIME, "cpu", 3 * VOCAB + 1)
+    monkeypatch.setitem(pooling.CHUNK_NUMEL, "cpu", 3 * VOCAB + 1)
     steps = [component.double().log_softmax(-1) for component in logits]
     pooled = ((0.4 * steps[0] + 0.6 * steps[1]) / 0.7).log_softmax(-1)
     for found, step in (
-        (scoring.token_logps(logits[1:], ids), steps[1]),
-        (scoring.token_logps(logits, ids, [0.4, 0.6], 0.7), pooled),
+        (token_logps(logits[1:], ids), steps[1]),
+        (token_logps(logits, ids, [0.4, 0.6], 0.7), pooled),
     ):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), step.gather(-1, ids[..., None])[..., 0], **CLOSE)

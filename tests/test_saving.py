@@ -1,5 +1,6 @@
 """Saving a mixture: a config that says where its components live, or the whole of it; and opening it again."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -11,7 +12,9 @@ from helpers import BOS, CLOSE, SIZES, fake_hub, load_lora, tiny
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
-from mpo_hf import MixturePolicyConfig, MixturePolicyModel
+from mpo_hf import MixturePolicyConfig, MixturePolicyModel, MPOConfig
+from mpo_hf.cli.push import PushArguments
+from mpo_hf.mixture.hub import PUSH_ARGUMENTS
 
 
 IDS = torch.tensor([[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30, 5, 6, 9, 2, 4]])
@@ -319,3 +322,15 @@ def test_trust_in_a_mixture_is_not_trust_in_its_components(folders, tmp_path):
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "mixture", **trusting)
     assert marker.exists() and type(opened.backbones[0]).__name__ == "TheirModel"
     assert_same(opened, MixturePolicyModel.from_policies([folders.base]))
+
+
+def test_command_line_and_trainer_push_by_default_as_the_model_does():
+    options = {field.name: field.default for field in dataclasses.fields(PushArguments) if field.name != "repo_id"}
+    options["pin_revisions"] = options.pop("pin")
+    settings = {field.name.removeprefix("hub_"): field.default for field in dataclasses.fields(MPOConfig)}
+    settings = {name: settings[name] for name in ("pin_revisions", "upload_adapters", "with_code")}
+    for given in (options, settings):
+        # a switch that is off may stand for an argument that is left out
+        assert {name: bool(value) for name, value in given.items()} == {
+            name: bool(PUSH_ARGUMENTS[name]) for name in given
+        }

@@ -38,7 +38,7 @@ def generate(model, input_ids=None, **kwargs):
 
 @torch.no_grad()
 def enumerate_mixture(model, prompt, end=None, weights=WEIGHTS, temperature=1.0, banned=()):
-    """log Π_k π_k(y)^λ_k of all completions, not normalised, and their token-level log-probabilities."""
+    """log Π_k π_k(y)^λ_k of all completions, not normalized, and their token-level log-probabilities."""
     ids = torch.cat([prompt.expand(len(COMPLETIONS), -1), COMPLETIONS], dim=1)
     logits = [model.policy(k)(ids).logits[:, len(prompt) - 1 : -1].double() for k in range(len(weights))]
     steps = sum(weight * policy.log_softmax(-1) for weight, policy in zip(weights, logits)) / temperature

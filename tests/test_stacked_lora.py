@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from mpo_hf import MixturePolicyModel
 from mpo_hf.mixture.stacked_lora import KEPT_STACKS, AdapterStacks, StackedLoraLinear, stack_adapters
-from mpo_hf.mixture.stacked_rows import MOST_TOKENS
+from mpo_hf.mixture.stacked_rows import MAX_STACKED_TOKENS
 
 
 INPUTS = left_pad(PROMPTS)
@@ -290,7 +290,7 @@ def test_policies_and_reference_do_not_disturb_a_stack(three):
 
 def test_long_inputs_run_one_after_another(three):
     mixture, _ = three
-    rows = MOST_TOKENS // 3 // 16 + 1
+    rows = MAX_STACKED_TOKENS // 3 // 16 + 1
     ids = torch.randint(VOCAB, (rows, 16))
     with torch.no_grad(), passes(mixture) as seen:
         mixture(ids[:-1])

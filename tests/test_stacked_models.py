@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache
 
 from mpo_hf import MixturePolicyModel
 from mpo_hf.mixture.stacked_models import StackedLinear, StackedNorm, stack_models
-from mpo_hf.mixture.stacked_rows import MOST_TOKENS, StackedModules
+from mpo_hf.mixture.stacked_rows import MAX_STACKED_TOKENS, StackedModules
 
 
 INPUTS = left_pad([[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30], [BOS, 6, 6, 19, 27]])
@@ -222,7 +222,7 @@ def test_gradients_are_those_of_one_after_another():
 def test_long_prompts_run_one_after_another_and_steps_side_by_side():
     mixture, apart = side_by_side(three(max_position_embeddings=512))
     assert mixture.stacked_components
-    ids = torch.randint(3, 30, (1, MOST_TOKENS // 3 + 1))
+    ids = torch.randint(3, 30, (1, MAX_STACKED_TOKENS // 3 + 1))
     with calls(mixture.backbones[1]) as rows:
         written = mixture.generate(ids, **SETTINGS)
     assert rows == [1]

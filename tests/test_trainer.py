@@ -8,8 +8,9 @@ import statistics
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from helpers import close
 from huggingface_hub import ModelCard
-from toy import LENGTH, PROMPTS, toy_policy, toy_tokenizer
+from toy import LENGTH, PROMPTS, sequence_logps, toy_policy, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from mpo_hf import MixturePolicyModel, MPOConfig, MPOTrainer
@@ -176,12 +177,75 @@ def test_policies_are_not_changed(mixture, folders, tmp_path):
     assert not any(p.requires_grad for p in mixture.parameters())
 
 
-def test_evaluation_reports_rewards_of_the_mixture(mixture, tmp_path):
-    trainer = make_trainer(mixture, tmp_path, eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:3]}))
+def recorded(monkeypatch, trainer):
+    """The prompts and completions that the trainer samples from now on."""
+    batches, sample = [], type(trainer).sample
+
+    def record(self, inputs, weights):
+        batches.append(([example["prompt"] for example in inputs], sample(self, inputs, weights)))
+        return batches[-1][1]
+
+    monkeypatch.setattr(type(trainer), "sample", record)
+    return batches
+
+
+def logps_by_hand(policy, prompts, completions):
+    """Log-probabilities under a single policy, one row of `completions` after another, shape `(N,)`."""
+    prompt_ids = [toy_tokenizer()(prompt)["input_ids"] for prompt in prompts for _ in range(4)]
+    rows = zip(prompt_ids, completions.completion_ids)
+    return torch.cat([sequence_logps(policy, ids, row.unsqueeze(0)) for ids, row in rows])
+
+
+@pytest.mark.parametrize("estimator", ["mis", "bsmd"])
+@pytest.mark.parametrize(
+    "objective, proposal", [("reward", "reference"), ("reward", "mixture"), ("implicit", "mixture")]
+)
+def test_evaluation_measures_the_mixture_on_the_prompts_given(
+    folders, tmp_path, monkeypatch, estimator, objective, proposal
+):
+    """Two batches of two prompts each; every logged number is computed again from the completions alone."""
+    weights, beta = torch.tensor([0.3, 0.7], dtype=torch.float64), 0.5
+    model = MixturePolicyModel.from_policies(
+        [folders / "a", folders / "b"], weights.tolist(), reference=folders / "ref", labels=["a", "b"]
+    )
+    options = {"estimator": estimator, "objective": objective, "proposal": proposal, "normalize_rewards": "none"}
+    dataset = Dataset.from_dict({"prompt": PROMPTS})
+    trainer = make_trainer(model, tmp_path, eval_dataset=dataset, **options)
+    batches = recorded(monkeypatch, trainer)
     metrics = trainer.evaluate()
-    logged = trainer.state.log_history[-1]
-    assert "eval_loss" in metrics
-    assert {"eval_rewards/a", "eval_rewards/b", "eval_effective_sample_size"} <= set(logged)
+    (logged,) = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert [prompts for prompts, _ in batches] == [PROMPTS[:2], PROMPTS[2:]]
+
+    losses, fractions, rewards = [], [], []
+    for prompts, completions in batches:
+        texts = toy_tokenizer().batch_decode(completions.completion_ids)
+        rewards.append(torch.tensor([count_c(texts), count_b(texts)], dtype=torch.float64).T)
+        reference = logps_by_hand(model.reference_policy, prompts, completions)
+        policies = torch.stack([logps_by_hand(model.policy(k), prompts, completions) for k in (0, 1)], -1)
+        if proposal == "reference":
+            proposals = reference
+        else:  # the mixture at its own weights, token by token
+            proposals = logps_by_hand(model, prompts, completions)
+        pooled, gains = policies @ weights, rewards[-1] @ weights / beta
+        if objective == "implicit":
+            log_weights = (pooled - proposals).view(2, 4)
+            losses.append(log_weights.exp().mean(-1).log().mean())
+        elif estimator == "bsmd" and proposal == "mixture":  # the Lagrangian at the mixture
+            log_weights = (pooled - proposals).view(2, 4)
+            terms = (gains - pooled + reference).view(2, 4)
+            losses.append(((log_weights.softmax(-1) * terms).sum(-1) + log_weights.exp().mean(-1).log()).mean())
+        else:  # self-normalized importance weights of the reference
+            ratios = (reference - proposals).view(2, 4).softmax(-1)
+            log_weights = ratios.log() + gains.view(2, 4)
+            losses.append((ratios * gains.view(2, 4).exp()).sum(-1).log().mean())
+        shares = log_weights.softmax(-1)
+        fractions.append((1 / shares.square().sum(-1) / 4).mean())
+    rewards = torch.cat(rewards).mean(0).tolist()
+    assert [logged["eval_rewards/a"], logged["eval_rewards/b"]] == close(rewards)
+    assert logged["eval_completions/mean_length"] == LENGTH
+    assert logged["eval_effective_sample_size"] == close(torch.stack(fractions).mean().item())
+    assert metrics["eval_loss"] == close(torch.stack(losses).mean().item())
+    assert logged["eval_dual_objective"] == close(metrics["eval_loss"])
 
 
 def test_step_size_follows_its_schedule(mixture, tmp_path):
@@ -317,14 +381,29 @@ def test_conversational_prompts_give_conversational_completions(mixture, tmp_pat
     assert completion[0]["role"] == "assistant" and completion[0]["content"]
 
 
-def test_streamed_datasets_work(mixture, tmp_path):
+@pytest.mark.parametrize("estimator", ["mis", "bsmd"])
+def test_streamed_prompts_give_the_same_weights(folders, tmp_path, estimator):
     def stream():
-        for _ in range(10):
-            yield from ({"prompt": prompt} for prompt in PROMPTS)
+        yield from ({"prompt": prompt, "answer": prompt[0]} for prompt in PROMPTS * 2)
 
-    trainer = make_trainer(mixture, tmp_path, dataset=IterableDataset.from_generator(stream), max_steps=3)
-    trainer.train()
-    assert trainer.state.global_step == 3
+    def weights(name, dataset):
+        """Those after every step."""
+        model = MixturePolicyModel.from_policies([folders / "a", folders / "b"], reference=folders / "ref")
+        trainer = make_trainer(
+            model,
+            tmp_path / name,
+            dataset=dataset,
+            max_steps=5,
+            estimator=estimator,
+            shuffle_dataset=False,
+            tolerance=0,
+        )
+        trainer.train()
+        return [entry["weights/count_c"] for entry in trainer.state.log_history if "loss" in entry]
+
+    streamed = weights("streamed", IterableDataset.from_generator(stream))
+    assert len(set(streamed)) == 5  # more than a pass over the prompts, of which a step has two
+    assert streamed == weights("listed", Dataset.from_list(list(stream())))
 
 
 def test_gradient_accumulation_averages_over_prompts(folders, tmp_path):

@@ -9,20 +9,20 @@ from transformers import AutoModelForCausalLM
 
 from mpo_hf import MixturePolicyModel, MPOConfig
 from mpo_hf.estimation import DualTable, minimize_dual
-from mpo_hf.trainer.goal import Goal
+from mpo_hf.trainer.fit_problem import FitProblem
 
 
 BETA = 0.2  # rewards over five nats
 
 
-def exact_table(goal: Goal) -> DualTable:
+def exact_table(problem: FitProblem) -> DualTable:
     """The dual objective of all completions with their probabilities."""
     enumeration, rewards = exact_optima(2, BETA)
     num_prompts, num_completions, num_objectives = rewards.shape
     prompt = torch.arange(num_prompts).repeat_interleave(num_completions)
     density = torch.zeros(len(prompt), dtype=torch.float64)
     flat = rewards.reshape(-1, num_objectives)
-    return goal.estimate(prompt, density, reference_logps=enumeration.reference.flatten(), rewards=flat).table
+    return problem.make_estimator(prompt, density, reference_logps=enumeration.reference.flatten(), rewards=flat).table
 
 
 @pytest.mark.parametrize(
@@ -52,20 +52,20 @@ def test_fit_is_near_the_exact_optimum(tmp_path, options):
         num_resamples=10,
         **options,
     )
-    goal = Goal(trainer.args, trainer.objective_names)
-    table = exact_table(goal)
-    (best,), (minimum,) = minimize_dual(table, welfare=goal.welfare)
-    value, _ = table.by_prompt(torch.stack([trainer.weights.detach(), goal.welfare.start(3)]))
+    problem = FitProblem(trainer.args, trainer.objective_names)
+    table = exact_table(problem)
+    (best,), (minimum,) = minimize_dual(table, welfare=problem.welfare)
+    value, _ = table.by_prompt(torch.stack([trainer.weights.detach(), problem.welfare.start(3)]))
     gap, gap_at_start = (value.mean(0) - minimum).tolist()
     assert -1e-9 <= gap <= 0.15 * gap_at_start + 1e-3
     mixture_weights = torch.tensor(trainer.model.config.mixture_weights, dtype=torch.float64)
     assert mixture_weights.sum().item() == pytest.approx(1)
     torch.testing.assert_close(mixture_weights[:3], trainer.weights.detach())
-    assert len(mixture_weights) == (3 if goal.welfare.on_simplex else 4)
+    assert len(mixture_weights) == (3 if problem.welfare.on_simplex else 4)
     assert trainer.certificate.duality_gap == pytest.approx(0, abs=1e-6)
     # the policies are optimal for the rewards, not for their z-scores or win rates
     optimal = trainer.args.normalize_rewards not in ("z_score", "win_rate")
-    assert (abs(trainer.certificate.shortfall) < CLOSE["atol"]) == optimal
+    assert (abs(trainer.certificate.mixture_duality_gap) < CLOSE["atol"]) == optimal
 
 
 def test_what_leaves_the_simplex_is_a_mixture_with_the_reference(folders, tmp_path):  # noqa: F811
@@ -100,12 +100,12 @@ def test_what_leaves_the_simplex_is_a_mixture_with_the_reference(folders, tmp_pa
     [
         ({"welfare": "median"}, "must be one of"),
         ({"welfare": "nash", "normalize_rewards": "optimal"}, "needs gains above 0"),
-        ({"welfare": "nash", "objective": "implicit"}, "scale of their own"),
+        ({"welfare": "nash", "objective": "implicit"}, "on their own scale"),
         ({"welfare": "cvar", "estimator": "bsmd"}, 'need `estimator="mis"`'),
         ({"normalize_rewards": "z_score", "estimator": "bsmd"}, 'need `estimator="mis"`'),
-        ({"welfare_weights": [0.5, 0.5]}, "no place in a max-min"),
-        ({"constraints": {"a": "high"}}, "must give names of objectives numbers"),
-        ({"constraints": {"a": 1.0}, "welfare": "nash"}, "go with max_min"),
+        ({"welfare_weights": [0.5, 0.5]}, "A max-min has no `welfare_weights`"),
+        ({"constraints": {"a": "high"}}, "must be a dictionary of objectives and minimum rewards"),
+        ({"constraints": {"a": 1.0}, "welfare": "nash"}, "can be combined with max_min"),
         ({"tolerance": -1.0}, "at least 0"),
     ],
 )
@@ -123,9 +123,9 @@ def test_options_that_make_no_sense_are_refused(tmp_path, options, message):
         ({"welfare": "weighted_sum", "welfare_weights": [1.0, 1.0]}, "with sum 1"),
     ],
 )
-def test_goals_that_do_not_fit_the_objectives_are_refused(tmp_path, options, message):
+def test_problems_that_do_not_fit_the_objectives_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        Goal(make_args(tmp_path, **{"estimator": "mis", **options}), ["a", "b"])
+        FitProblem(make_args(tmp_path, **{"estimator": "mis", **options}), ["a", "b"])
 
 
 def test_booleans_and_strings_name_the_scale(tmp_path):

@@ -1,12 +1,12 @@
 """
-What the weights of real policies reach: those of the theorem, which takes policies to be optimal for their rewards, beside
-those of `objective="achieved"`, which does not.
+The welfare of fitted weights for real policies: those of the theorem, which assumes policies that are optimal for their rewards,
+and those of `objective="achieved"`, which does not.
 
-The example policies of `examples/policies`, on the pool of completions that `estimators_smollm2.py` draws and describes:
+The policies are those of `examples/policies`, on the pool of completions that `estimators_smollm2.py` draws and describes:
 
     python examples/benchmarks/achieved_smollm2.py --pool smollm2-pool
 
-Weights are fitted to one half of the completions of every prompt and measured on the other, then the other way round; both
+Weights are fitted to one half of the completions of every prompt and measured on the other, then vice versa; both
 results are printed. Rewards and the divergence from the reference are those of the sequence-level mixture, by importance
 weights; the welfare is the smallest mean reward less β times the divergence.
 """
@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from estimators_smollm2 import DRAWS, UNIFORM, Pool  # noqa: E402
 from quickstart import OBJECTIVES  # noqa: E402
 
-from mpo_hf.estimation import DualTable, minimize_dual, reward_table  # noqa: E402
-from mpo_hf.estimation.primal import MixtureTable, achieved_welfare, maximize_achieved  # noqa: E402
+from mpo_hf.estimation import DualTable, MixtureTable, minimize_dual, reward_table  # noqa: E402
+from mpo_hf.estimation.primal import maximize_primal, primal_objective  # noqa: E402
 from mpo_hf.estimation.welfare import MaxMin  # noqa: E402
 
 
@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def half_of(pool: Pool, half: int, beta: float) -> tuple[DualTable, MixtureTable, torch.Tensor]:
-    """Every second completion of each proposal: for the dual objective, for mixtures, and its rewards."""
+    """Every second completion of each proposal: the tables of the dual and of the mixture, and the rewards."""
     at = torch.arange(half, pool.size, 2)
     assert DRAWS % 2 == 0
     prompt = torch.arange(pool.num_prompts).repeat_interleave(len(at))
@@ -51,7 +51,7 @@ def half_of(pool: Pool, half: int, beta: float) -> tuple[DualTable, MixtureTable
 def fit_all(dual: DualTable, mixture: MixtureTable) -> dict[str, torch.Tensor]:
     (of_theorem,), _ = minimize_dual(dual)
     corners = 0.7 * torch.eye(len(UNIFORM), dtype=torch.float64) + 0.1
-    achieved, _ = maximize_achieved(mixture, MaxMin(), [UNIFORM, of_theorem, *corners])
+    achieved, _ = maximize_primal(mixture, MaxMin(), [UNIFORM, of_theorem, *corners])
     return {"uniform": UNIFORM, "reward (the theorem's)": of_theorem, "achieved": achieved}
 
 
@@ -69,8 +69,8 @@ def main() -> None:
                 weights, (_, mixture, rewards) = fits[half][name], halves[1 - half]
                 shares, _ = mixture.shares(weights)
                 reached = (shares.unsqueeze(-1) * rewards).sum(0) / pool.num_prompts
-                welfare = beta * achieved_welfare(mixture, weights, MaxMin())
-                numbers = [*reached, reached.min(), welfare, mixture.effective_sample_size(weights)]
+                welfare = beta * primal_objective(mixture, weights, MaxMin())
+                numbers = [*reached, reached.min(), welfare, mixture.effective_sample_fraction(weights)]
                 fitted = " ".join(f"{w:.2f}" for w in weights.tolist())
                 cells.append([fitted, *(f"{float(number):.2f}" for number in numbers)])
             print(f"| {beta} | {name} | " + " | ".join(", ".join(pair) for pair in zip(*cells)) + " |")

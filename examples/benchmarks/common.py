@@ -1,4 +1,4 @@
-"""What the benchmarks of decoding share: policies over one base, ways to decode them, clocks and tables."""
+"""Shared by the benchmarks of decoding: policies over one base, methods to decode them, timing and tables."""
 
 import copy
 import ctypes
@@ -39,7 +39,7 @@ TINY = {
     "max_position_embeddings": 4096,
 }
 
-# A way to decode: takes prompts, gives scores of the next token, is sent that token, gives scores of the one behind it.
+# A decoder: takes prompts, yields scores of the next token, is sent that token, yields scores of the one after it.
 Decoder = Generator[torch.Tensor, torch.Tensor, None]
 
 
@@ -47,14 +47,14 @@ Decoder = Generator[torch.Tensor, torch.Tensor, None]
 
 
 def share_parameters(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model's modules over the same parameters, to put adapters on while the model itself stays as it is."""
+    """A copy of a model's modules over the same parameters, so that adapters leave the model itself unchanged."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def load_smollm2(count: int, folder: str | None = None) -> tuple[PreTrainedModel, PeftModel]:
     """
     SmolLM2-135M, and a PEFT model over its parameters with adapters named 0, 1 and so on: those of `examples/policies`,
-    some of them several times beyond three. A `folder` that the base was saved to is faster to load from.
+    repeated beyond three. Loading is faster from a `folder` that the base was saved to.
     """
     from smollm2 import load_base
 
@@ -76,7 +76,7 @@ def add_random_adapters(base: PreTrainedModel, count: int, rank: int, **kwargs) 
 
 
 def load_tiny(count: int) -> tuple[PreTrainedModel, PeftModel]:
-    """A random model of a few thousand parameters, to try a benchmark."""
+    """A random model of a few thousand parameters, for trying out a benchmark."""
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
     return base, add_random_adapters(base, count, rank=4)
@@ -96,11 +96,11 @@ def merge(model: PeftModel, adapter: str) -> PreTrainedModel:
     return copy.deepcopy(model).merge_and_unload(adapter_names=[adapter]).eval()
 
 
-# ---- ways to decode ----
+# ---- decoders ----
 
 
 def decode_one(model: PreTrainedModel, ids: torch.Tensor) -> Decoder:
-    """A model as it is: the base, one policy, or a mixture."""
+    """A single model: the base, one policy, or a mixture."""
     cache = DynamicCache(config=model.config)
     while True:
         logits = model(input_ids=ids, **{CACHE_NAME: cache}, logits_to_keep=1).logits[:, -1]
@@ -120,7 +120,7 @@ def decode_loop_over_adapters(model: PeftModel, weights: Sequence[float], ids: t
 
 
 def decode_loop_over_models(models: Sequence[PreTrainedModel], weights: Sequence[float], ids: torch.Tensor) -> Decoder:
-    """A pass of every one of several full models."""
+    """A pass of each of several full models."""
     decoders = [decode_one(model, ids) for model in models]
     outputs = [next(decoder) for decoder in decoders]
     while True:
@@ -129,7 +129,7 @@ def decode_loop_over_models(models: Sequence[PreTrainedModel], weights: Sequence
 
 
 def decode_adapter_names(model: PeftModel, weights: Sequence[float], ids: torch.Tensor) -> Decoder:
-    """PEFT's batch of several adapters: every row once for each policy, with its adapter's name."""
+    """PEFT's batch of several adapters: every row is repeated for each policy, with the name of its adapter."""
     model.base_model.enable_adapter_layers()
     names = [str(k) for k in range(len(weights)) for _ in range(len(ids))]
     cache = DynamicCache(config=model.config)
@@ -141,9 +141,9 @@ def decode_adapter_names(model: PeftModel, weights: Sequence[float], ids: torch.
 
 def decode_mod(model: PeftModel, weights: Sequence[float], ids: torch.Tensor) -> Decoder:
     """
-    The greedy loop of multi-objective decoding (https://huggingface.co/papers/2406.18853), as its published code has it
-    for the reverse KL divergence: adapters in turn, then the base, which that divergence does not use; what every policy
-    gives to the tokens so far is carried along.
+    The greedy loop of multi-objective decoding (https://huggingface.co/papers/2406.18853), as in its published code
+    for the reverse KL divergence: adapters in turn, then the base, which that divergence does not use; the log-probabilities of
+    the tokens so far under every policy are accumulated.
     """
     caches = [DynamicCache(config=model.config) for _ in range(len(weights) + 1)]
     carried = 0.0
@@ -161,7 +161,7 @@ def decode_mod(model: PeftModel, weights: Sequence[float], ids: torch.Tensor) ->
 
 
 def decode_guidance(models: Sequence[PreTrainedModel], weights: Sequence[float], ids: torch.Tensor) -> Decoder:
-    """Transformers' classifier-free guidance, with a second model where it has a second prompt."""
+    """Transformers' classifier-free guidance, with a second model in place of a second prompt."""
     first, second = models
     processor = UnbatchedClassifierFreeGuidanceLogitsProcessor(weights[0], second, unconditional_ids=ids)
     decoder = decode_one(first, ids)
@@ -172,25 +172,25 @@ def decode_guidance(models: Sequence[PreTrainedModel], weights: Sequence[float],
         logits = decoder.send(tokens)
 
 
-# ---- clocks ----
+# ---- timing ----
 
 
 def take_turns(
     decoders: dict[str, Decoder], lead: str, num_steps: int, clock: Callable[[], float], same: Sequence[str] = ()
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """
-    Decodes the same tokens in several ways, step by step in turn, so that all meet the same load of the machine.
+    Decodes the same tokens with several methods in turn, step by step, so that all of them see the same load of the machine.
 
     Args:
-        decoders (`dict[str, Decoder]`): the ways.
-        lead (`str`): the way whose greedy choice is decoded.
-        num_steps (`int`): steps that are timed. Two more come before them.
-        clock (`Callable[[], float]`): seconds.
-        same (`Sequence[str]`): ways that must give the distribution that `lead` gives.
+        decoders (`dict[str, Decoder]`): the methods.
+        lead (`str`): the method whose greedy choice is decoded.
+        num_steps (`int`): steps that are timed, after two warm-up steps.
+        clock (`Callable[[], float]`): returns the time in seconds.
+        same (`Sequence[str]`): methods that must give the same distribution as `lead`.
 
     Returns:
-        `tuple[dict[str, list[float]], dict[str, float]]`: seconds of every step, and how far log-probabilities of the
-        ways in `same` were from those of `lead` at most.
+        `tuple[dict[str, list[float]], dict[str, float]]`: seconds of every step, and the largest difference between the
+        log-probabilities of the methods in `same` and those of `lead`.
     """
     scores = {name: next(decoder) for name, decoder in decoders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in decoders}
@@ -213,7 +213,7 @@ def take_turns(
 def interleaved(
     ways: dict[str, Callable[[], object]], repetitions: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of every way, once in each repetition. The first three are not counted."""
+    """Seconds of every method in each repetition. The first three repetitions are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repetition in range(repetitions + 3):
         for name, step in ways.items():
@@ -225,13 +225,13 @@ def interleaved(
 
 
 def quartiles(numbers: Sequence[float]) -> list[float]:
-    """Median, and the two quartiles beside it."""
+    """Median and quartiles."""
     low, middle, high = statistics.quantiles(numbers, n=4, method="inclusive")
     return [middle, low, high]
 
 
 def ratios(seconds: dict[str, list[float]], to: str) -> dict[str, list[float]]:
-    """Quartiles of the ratios of every way to one of them, turn by turn."""
+    """Quartiles of the ratios of every method to one of them, turn by turn."""
     return {name: quartiles([s / t for s, t in zip(own, seconds[to])]) for name, own in seconds.items()}
 
 
@@ -241,20 +241,20 @@ def show(numbers: Sequence[float] | None) -> str:
 
 
 def resident(field: str) -> float:
-    """Memory of this process in MiB (Linux): `VmRSS` now, `VmHWM` at its highest."""
+    """Memory of this process in MiB (Linux): `VmRSS` is the current value, `VmHWM` the peak."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{field}:")[1].split()[0]) / 1024
 
 
 def forget_peak() -> None:
-    """Gives back free memory, and starts the highest mark of `resident` anew."""
+    """Returns free memory to the system, and resets the peak of `resident`."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(step: Callable[[], object]) -> float:
-    """MiB that a step takes on top of what is held before it."""
+    """MiB that a step takes in addition to what was held before it."""
     forget_peak()
     before = resident("VmRSS")
     step()

@@ -1,20 +1,20 @@
 """
-Decoding a mixture with this project beside other ways to do the same, and ways that do something else.
+Decoding a mixture with this project, compared with other implementations and with alternatives that decode something else.
 
-    pip install genlm-control mergekit  # without them two contenders are left out
+    pip install genlm-control mergekit  # without them two methods are left out
     python examples/benchmarks/decoding.py
-    python examples/benchmarks/decoding.py --markdown docs/benchmarks.md  # puts what was measured into the page
+    python examples/benchmarks/decoding.py --markdown docs/benchmarks.md  # writes the results into the page
 
 Sections, each written to a JSON file of its own:
 
-- peers: a step of decoding by every way that computes the same distribution, which is checked
+- peers: a decoding step of every method that computes the same distribution, which is checked
 - growth: the same with more policies, rows and tokens
-- memory: what each way holds at its peak, in a process of its own
+- memory: the peak memory of each method, in its own process
 - sequence_level: particle filters for the product of whole policies
-- weight_space: averages of the policies' weights, which decode as fast as one model, and are another distribution
+- weight_space: averages of the policies' parameters, which decode as fast as one model but have another distribution
 
-All ways of a section take turns, step by step or run by run; what counts is the ratio of what is measured in one turn, of
-which the median and the quartiles are given.
+All methods of a section take turns, step by step or run by run. The result is the ratio of two methods measured in one turn, as
+median and quartiles over the turns.
 """
 
 import argparse
@@ -64,7 +64,7 @@ from mpo_hf.mixture.pooling import log_linear_pool
 SECTIONS = ["peers", "growth", "memory", "sequence_level", "weight_space"]
 OURS = "this project"
 PLOT = "images/decoding_growth.png"  # beside the page that shows it
-# beyond this many rows the caches of all ways do not fit beside one another into a small machine
+# with more rows the caches of all methods do not fit into the memory of a small machine together
 MOST_ROWS = 128
 
 
@@ -81,8 +81,8 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         help="page to put the tables of earlier runs into, between its marks; measures nothing",
     )
-    parser.add_argument("--child", help=argparse.SUPPRESS)  # a contender of the section memory
-    parser.add_argument("--base", help=argparse.SUPPRESS)  # a folder with the base, for it
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # a method of the section memory
+    parser.add_argument("--base", help=argparse.SUPPRESS)  # a folder with the base, for that section
     args = parser.parse_args()
     args.counts = [2] if args.quick else [1, 2, 3, 4, 6, 8]
     args.batches = [2] if args.quick else [1, 2, 4, 8, 16, 32]
@@ -96,7 +96,7 @@ def load(args: argparse.Namespace, count: int) -> tuple[PreTrainedModel, PeftMod
 
 
 def prompts(args: argparse.Namespace, batch_size: int, length: int = 48) -> torch.Tensor:
-    """Prompts of one length, so that no way has to know of padding."""
+    """Prompts of one length, so that no method has to handle padding."""
     if args.tiny:
         return torch.randint(2, 100, (batch_size, length), generator=torch.Generator().manual_seed(0))
     from prompts import load_prompts
@@ -115,7 +115,7 @@ def prompts(args: argparse.Namespace, batch_size: int, length: int = 48) -> torc
 def contenders(
     base: PreTrainedModel, model: PeftModel, weights: list[float], ids: torch.Tensor
 ) -> dict[str, Callable[[], Decoder]]:
-    """Every way to decode a mixture of the first adapters of a model, and the base alone."""
+    """Every method to decode a mixture of the first adapters of a model, and the base alone."""
     mixture = mix(model, len(weights))
     mixture.mixture_weights = weights
     ways = {
@@ -173,7 +173,7 @@ def render_peers(rows: list[dict]) -> str:
 
 
 def filled(model: PreTrainedModel, like: PreTrainedConfig, rows: int, context: int) -> DynamicCache:
-    """A cache of a model with a context in it, in layers as another's are; for the time of a step any keys will do."""
+    """A cache of a model that holds a context, with layers like another's; the time of a step does not depend on the keys."""
     cache = DynamicCache(config=model.config)
     shape = (rows, like.num_key_value_heads, context, like.head_dim)
     for layer in cache.layers:
@@ -184,7 +184,7 @@ def filled(model: PreTrainedModel, like: PreTrainedConfig, rows: int, context: i
 def steps(
     base: PreTrainedModel, model: PeftModel, count: int, batch_size: int, context: int
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """One step of decoding behind a context, by every way that has no weights of its own for each policy."""
+    """One decoding step after a context, by every method that does not hold separate weights for each policy."""
     ids = torch.randint(100, (batch_size, 1))
     rows, names = ids.repeat(count, 1), [str(k) for k in range(count) for _ in range(batch_size)]
     mixture = mix(model, count)
@@ -299,7 +299,7 @@ def measure_memory(args: argparse.Namespace) -> list[dict]:
 
 
 def measure_own_memory(args: argparse.Namespace) -> None:
-    """The highest this process gets while it decodes 8 rows of 48 tokens by 16 more, all that it holds included."""
+    """The peak memory of this process while it decodes 16 tokens after 8 rows of 48, everything included."""
     base, model = load(args, 3)
     decoder = contenders(base, model, [0.5, 0.3, 0.2], prompts(args, 8))[args.child]()
     forget_peak()
@@ -365,7 +365,7 @@ def measure_sequence_level(args: argparse.Namespace) -> list[dict]:
 def genlm_runner(
     models: list[PreTrainedModel], weights: list[float], prompt: list[int], particles: int, tokens: int
 ) -> Callable[[], float]:
-    """The geometric mean of two policies over whole completions, as genlm-control has it."""
+    """The geometric mean of two policies over whole completions, by genlm-control."""
     from genlm.backend.llm import AsyncTransformer
     from genlm.control import Ensemble, PromptedLLM, direct_token_sampler
     from smollm2 import load_tokenizer
@@ -376,10 +376,10 @@ def genlm_runner(
 
     def run() -> float:
         for lm in language_models:
-            lm.clear_cache()  # of the run before
+            lm.clear_cache()  # of the previous run
         ensemble = Ensemble(first, second, op="prod", a=weights[0])
         sampler = direct_token_sampler(ensemble)
-        # cut without asking for the end of the text there, as `max_new_tokens` does
+        # truncated without requiring the end of the text there, as `max_new_tokens` does
         length = {"max_tokens": tokens + 1, "terminate_when": lambda context: len(context) >= tokens}
         return float(asyncio.run(sampler.smc(n_particles=particles, ess_threshold=0.5, **length)).log_ml)
 
@@ -402,7 +402,7 @@ def render_sequence_level(rows: list[dict]) -> str:
 def divergence(
     mixture_logps: torch.Tensor, model: PreTrainedModel, sequences: torch.Tensor, start: int
 ) -> list[float]:
-    """KL(mixture ‖ model) of every token of completions, in nats."""
+    """KL(mixture ‖ model) at every token of completions, in nats."""
     logps = model(input_ids=sequences).logits[:, start - 1 : -1].log_softmax(-1)
     return (mixture_logps.exp() * (mixture_logps - logps)).sum(-1).flatten().tolist()
 
@@ -479,7 +479,7 @@ def run_section(name: str, args: argparse.Namespace) -> None:
 
 
 def fill_page(page: Path, sections: list[str], folder: Path) -> None:
-    """Puts tables between the marks that a page has for them: `<!-- decoding: peers -->` to `<!-- end -->`."""
+    """Writes tables between the marks for them in a page: `<!-- decoding: peers -->` to `<!-- end -->`."""
     text = page.read_text()
     for name in sections:
         mark, end = f"<!-- decoding: {name} -->", "<!-- end -->"
@@ -493,7 +493,7 @@ def fill_page(page: Path, sections: list[str], folder: Path) -> None:
 
 
 def render(name: str, folder: Path) -> str:
-    """The table of a section that was measured before."""
+    """The table of a section from earlier measurements."""
     report = json.loads((folder / f"decoding-{name}.json").read_text())
     where = f"{report['model']}, float32. {report['machine']}. {report['minutes']:.1f} minutes."
     return f"{globals()[f'render_{name}'](report['rows'])}\n\n{where}"

@@ -1,5 +1,5 @@
 """
-How many completions the weights take: the paper's mirror descent beside multiple importance sampling.
+The number of completions needed for good weights: the paper's mirror descent and multiple importance sampling.
 
 Policies small enough to enumerate (six tokens, completions of three, 36 prompts), each the exact optimum of its reward, so
 that the duality gap of fitted weights is known exactly. Prints a table, and draws it:
@@ -25,7 +25,7 @@ BUDGETS = [288, 1152, 4608, 18432]
 
 
 class World:
-    """A reference, rewards in [0, 1], and the policies that are optimal for them: everything about them exactly."""
+    """A reference, rewards in [0, 1], and the policies that are optimal for them, all of them enumerated."""
 
     def __init__(self, seed: int, beta: float):
         generator = torch.Generator().manual_seed(seed)
@@ -33,12 +33,12 @@ class World:
         self.beta = beta
         reference = torch.randn(shape, generator=generator, dtype=torch.float64).flatten(1)
         self.reference = reference.log_softmax(-1)
-        # rewards of tokens add up, with some of their own for every completion
+        # rewards of tokens add up, plus a part that is specific to each completion
         tokens = torch.randn(NUM_POLICIES, NUM_PROMPTS, LENGTH, VOCAB_SIZE, generator=generator, dtype=torch.float64)
         own = torch.randn(NUM_POLICIES, *shape, generator=generator, dtype=torch.float64)
         first, second, third = tokens.unbind(2)
         total = first[..., :, None, None] + second[..., None, :, None] + third[..., None, None, :] + own
-        # of different spread, so that uniform weights are not the answer
+        # with different spreads, so that uniform weights are not optimal
         spread = torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64)
         self.rewards = torch.sigmoid(total.flatten(2).permute(1, 2, 0) * spread).contiguous()
         self.policies = (self.reference.unsqueeze(-1) + self.rewards / beta).log_softmax(1)
@@ -65,7 +65,7 @@ class World:
 def mirror_descent(
     world: World, budget: int, generator: torch.Generator, m: int = 32, prompts: int = 3
 ) -> torch.Tensor:
-    """The paper's Algorithm 2: every step looks at completions of its own, from the reference."""
+    """The paper's Algorithm 2: every step samples new completions from the reference."""
     steps = budget // (m * prompts)
     weights = torch.nn.Parameter(UNIFORM.clone())
     optimizer = MirrorDescent([weights], lr=2 / math.sqrt(steps))
@@ -98,7 +98,7 @@ def from_reference(world: World, budget: int, generator: torch.Generator) -> tor
 
 
 def from_mixture(world: World, budget: int, generator: torch.Generator) -> torch.Tensor:
-    """Half of the completions from uniform weights, half from where these led to."""
+    """Half of the completions from uniform weights, half from the weights fitted to the former."""
     first = world.token_mixture(UNIFORM)
     weights = table_minimum(world, budget // 2, generator, [first])
     return table_minimum(world, budget, generator, [first, world.token_mixture(0.9 * weights + 0.1 * UNIFORM)])
@@ -112,7 +112,7 @@ METHODS = {
 
 
 def measure(beta: float, repetitions: int) -> dict[str, list[list[float]]]:
-    """Duality gaps by method, budget and repetition; every repetition has policies of its own."""
+    """Duality gaps by method, budget and repetition; every repetition has new policies."""
     worlds = [World(seed, beta) for seed in range(repetitions)]
     gaps = {name: [] for name in METHODS}
     for budget in BUDGETS:

@@ -1,5 +1,5 @@
 r"""
-How many completions the weights of real policies take: the paper's mirror descent beside multiple importance sampling.
+The number of completions needed for good weights of real policies: the paper's mirror descent and multiple importance sampling.
 
 The three adapters over SmolLM2-135M of `examples/policies`, the rewards of `examples/rewards.py`, 8 prompts, completions of
 up to 32 tokens. What is measured is the duality gap F(λ) - F(λ*) of the fitted weights λ by the number of sampled tokens.
@@ -7,24 +7,24 @@ Prints a table with effective sample sizes, and draws it:
 
     python examples/benchmarks/estimators_smollm2.py --pool smollm2-pool --output docs/images/estimators_smollm2.png
 
-F of real policies cannot be summed over all completions. So a pool of completions is drawn once, as many of the reference, of
-the uniform mixture and of each policy, and scored under all of them: a quarter of an hour on one busy core, a file at a
-time, so that the command goes on where it ended. From then on the pool stands for the policies. F(λ), its minimum
-and all gaps are those of `mpo_hf.estimation`'s table of the whole pool; and what an estimator samples is drawn from the pool,
-with replacement, with the probability that its proposal gives to each completion relative to the density that the pool was
-drawn from. So a gap is exact, and a repetition costs nothing. What that hides:
+F of real policies cannot be summed over all completions. So a pool of completions is drawn once, equally many from the reference,
+the uniform mixture and each policy, and scored under all of them. This takes a quarter of an hour on one busy core; files are
+written one at a time, so that the command can be resumed. From then on the pool represents the policies. F(λ), its minimum
+and all gaps are those of `mpo_hf.estimation`'s table of the whole pool; estimators sample from the pool,
+with replacement, with the probability of each completion under the proposal relative to the density that the pool was
+drawn from. So gaps are exact, and repetitions are cheap. The limits of this:
 
-- λ* of the pool is not quite that of the policies. How far it may be is bootstrapped over the completions of the pool, and
-  printed: gaps below that are differences between estimators, not distances from the policies' own optimum.
-- Completions that are not in the pool have no weight. Where importance weights have a heavy tail, as for proposals far from
-  what they stand for, the true effective sample sizes are smaller and the true gaps larger.
-- The log-probability under the mixture at any weights, which mirror descent draws from, is exact at a lattice of weights
-  and interpolated between them; the error is printed.
+- λ* of the pool differs from that of the policies. Its distance is bootstrapped over the completions of the pool, and
+  printed: smaller gaps are differences between estimators, not distances from the policies' own optimum.
+- Completions that are not in the pool have no weight. If importance weights have a heavy tail, as for proposals far from
+  their target, the true effective sample sizes are smaller and the true gaps larger.
+- The log-probability under the mixture at any weights, which mirror descent samples from, is exact on a lattice of weights
+  and interpolated in between; the error is printed.
 
-Estimators are `MPOTrainer`'s own arithmetic with its defaults (16 completions a prompt, 2 prompts a step), but for the early
-end of a fit, which is off. With rewards and the mixture as proposal, mirror descent looks for weights at which the objectives
-are level under the mixture as it is. Where policies are not optimal for their rewards that is another point than λ*, and its
-gap stays. The rewards' offsets, which the trainer estimates first, are those of the pool, at no cost.
+Estimators use `MPOTrainer`'s own computations with its defaults (16 completions per prompt, 2 prompts per step), except that
+early stopping is off. With rewards and the mixture as proposal, mirror descent finds weights at which the objectives
+are equal under the actual mixture. If policies are not optimal for their rewards, this point is not λ*, and its
+gap remains. The rewards' offsets, which the trainer estimates first, are those of the pool, at no cost.
 """
 
 import argparse
@@ -78,7 +78,7 @@ from mpo_hf.trainer.rollout_fit import DEFENSIVE_SHARE  # noqa: E402
 DEFAULTS = MPOConfig("unused", use_cpu=True)
 LENGTH = 32
 NUM_GENERATIONS, PROMPTS_A_STEP = DEFAULTS.num_generations, DEFAULTS.train_prompts_per_device
-DRAWS = 16  # completions that a file of the pool holds
+DRAWS = 16  # completions in each file of the pool
 STEPS = [4, 16, 64, 256]
 DEGREE = 4
 POWERS = [(i, j) for i in range(DEGREE + 1) for j in range(DEGREE + 1 - i)]
@@ -91,7 +91,7 @@ PROPOSALS = ["reference", "uniform", *OBJECTIVES]
 
 
 def draw_pool(folder: Path, num_prompts: int, num_rounds: int, seconds: float) -> bool:
-    """Draws what is missing of the pool, a file at a time; `False` when time was up before the end."""
+    """Draws the missing files of the pool, one at a time; `False` if the time limit was reached before the end."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted = itertools.product(range(num_rounds), range(len(PROPOSALS)), range(num_prompts))
     missing = [where for where in wanted if not pool_file(folder, *where).is_file()]
@@ -116,7 +116,7 @@ def pool_file(folder: Path, round_: int, proposal: int, prompt: int) -> Path:
 
 
 def draw_completions(model: MixturePolicyModel, tokenizer, prompt: list, proposal: str) -> dict[str, np.ndarray]:
-    """Completions of a policy or of the uniform mixture, with all that the estimators need to know of them."""
+    """Completions of a policy or of the uniform mixture, with all values that the estimators need."""
     policies = {label: model.policy(k) for k, label in enumerate(OBJECTIVES)}
     drawn = sample_completions(
         {"reference": model.reference_policy, "uniform": model, **policies}[proposal],
@@ -157,7 +157,7 @@ class Pool:
         error = self._coefficients @ _monomials(UNIFORM) - at_uniform
         self.interpolation_error = error.square().mean().sqrt().item()
 
-        # what the completions of all proposals together were drawn from
+        # the mixture of all proposals, which the completions were drawn from
         self.prompt = torch.arange(num_prompts).repeat_interleave(self.size)
         drew = torch.tensor([proposal for _, proposal in parts]).repeat_interleave(DRAWS).repeat(num_prompts)
         uniform = self.policies @ UNIFORM - at_uniform
@@ -170,7 +170,7 @@ class Pool:
 
     def proposal(self, weights: torch.Tensor | None) -> torch.Tensor:
         """
-        Log-probabilities of drawing from the reference (`None`) or a mixture when only the pool can be drawn, in the unit of
+        Log-probabilities of samples from the reference (`None`) or a mixture, restricted to the pool, in the unit of
         `density`: shifted by prompt so that they sum to 1 over the pool.
         """
         logps = self.reference if weights is None else self.mixture(weights)
@@ -178,7 +178,7 @@ class Pool:
         return logps - excess
 
     def draw(self, prompts: torch.Tensor, proposal: torch.Tensor, m: int, generator: torch.Generator) -> torch.Tensor:
-        """Which completions of the pool are drawn for each of some prompts, `(len(prompts), m)`."""
+        """Indices of the completions of the pool that are drawn for each prompt, `(len(prompts), m)`."""
         return torch.multinomial((proposal - self.density)[prompts].exp(), m, True, generator=generator)
 
 
@@ -186,7 +186,7 @@ def _monomials(weights: torch.Tensor) -> torch.Tensor:
     return torch.stack([weights[..., 0] ** i * weights[..., 1] ** j for i, j in POWERS], dim=-1)
 
 
-# ---- what is minimised, and the estimators ----
+# ---- objectives and estimators ----
 
 
 @dataclass
@@ -206,7 +206,7 @@ class Goal:
             self.offsets = self._offsets()
 
     def table(self, prompt: torch.Tensor, row: torch.Tensor, density: torch.Tensor) -> DualTable:
-        """The table of some completions of the pool."""
+        """The table of a subset of the completions of the pool."""
         _, number = prompt.unique(return_inverse=True)
         if self.beta is None:
             return implicit_table(number, self.pool.policies[prompt, row], density)
@@ -224,7 +224,7 @@ class Goal:
         proposal: torch.Tensor,
         is_mixture: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `MPOTrainer` takes a mirror descent step on."""
+        """The loss of a mirror descent step of `MPOTrainer`."""
         at = (prompts.unsqueeze(-1), drawn)
         pool, proposal_logps = self.pool, proposal[at]
         if self.beta is None:
@@ -253,7 +253,7 @@ def steps_of(num_prompts: int, num_steps: int, generator: torch.Generator) -> It
 
 @dataclass
 class Fit:
-    """Weights, the tokens that they took, and the mean effective sample size as a fraction."""
+    """Weights, the number of tokens sampled for them, and the mean effective sample size as a fraction."""
 
     weights: torch.Tensor
     tokens: float
@@ -261,7 +261,7 @@ class Fit:
 
 
 def mirror_descent(goal: Goal, is_mixture: bool, generator: torch.Generator) -> list[Fit]:
-    """`estimator="bsmd"`: a fit for each number of steps, since the step size depends on it."""
+    """`estimator="bsmd"`: one fit for each number of steps, since the step size depends on it."""
     return [_mirror_descent(goal, is_mixture, steps, generator) for steps in STEPS]
 
 
@@ -283,7 +283,7 @@ def _mirror_descent(goal: Goal, is_mixture: bool, num_steps: int, generator: tor
 
 
 def table_minimum(goal: Goal, is_mixture: bool, generator: torch.Generator) -> list[Fit]:
-    """`estimator="mis"`: one fit, looked at after each number of steps."""
+    """`estimator="mis"`: one fit, evaluated after each number of steps."""
     pool, fits, fitted = goal.pool, [], 0
     weights, tokens = UNIFORM, 0.0
     proposals = [pool.proposal(UNIFORM if is_mixture else None)]
@@ -293,14 +293,14 @@ def table_minimum(goal: Goal, is_mixture: bool, generator: torch.Generator) -> l
         prompt = torch.cat([prompt, prompts.repeat_interleave(NUM_GENERATIONS)])
         row = torch.cat([row, drawn.flatten()])
         drew = torch.cat([drew, torch.full((drawn.numel(),), len(proposals) - 1)])
-        # with the reference as proposal nothing is decided on the way
+        # with the reference as proposal, samples do not depend on the weights
         if len(prompt) >= fitted * (1 + GROWTH) and (is_mixture or step in STEPS):
             fitted = len(prompt)
             _, number = prompt.unique(return_inverse=True)
             density = balance_heuristic(number, drew, torch.stack([q[prompt, row] for q in proposals], dim=-1))
             table = goal.table(prompt, row, density)
             (weights,), _ = minimize_dual(table, start=0.99 * weights + 0.01 * UNIFORM)
-            fraction = table.effective_sample_sizes(weights).mean().item()
+            fraction = table.effective_sample_fractions(weights).mean().item()
             if is_mixture and fraction < DEFAULTS.refresh_below:
                 proposals.append(pool.proposal((1 - DEFENSIVE_SHARE) * weights + DEFENSIVE_SHARE * UNIFORM))
         if step in STEPS:
@@ -322,7 +322,7 @@ METHODS = {
 
 
 def bootstrap(goal: Goal, replicates: int = 50) -> tuple[torch.Tensor, list[float]]:
-    """Standard errors of λ* of the pool, and the gaps of minimisers of pools whose completions are drawn anew."""
+    """Standard errors of λ* of the pool, and the gaps of the minimizers of resampled pools."""
     generator = torch.Generator().manual_seed(0)
     pool, found = goal.pool, []
     for _ in range(replicates):

@@ -1,5 +1,5 @@
 """
-How much rank a full fine-tune needs: what is kept of one by adapters of several sizes.
+The rank that a full fine-tune needs: how much of it adapters of several sizes keep.
 
     python examples/policies/make_pairs.py                     # completions to train on, once
     python examples/benchmarks/extraction.py --objective concise
@@ -68,7 +68,7 @@ def fine_tune(
     steps: int,
     learning_rate: float,
 ) -> None:
-    """Trains all parameters to write such completions."""
+    """Trains all parameters on such completions."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     model.train()
     for step in range(steps):

@@ -1,18 +1,18 @@
 """
-How long a fit takes, next to the time of generating its completions with the bare reference model.
+The time of a fit, relative to generating its completions with the bare reference model.
 
     python examples/benchmarks/fit_time.py --threads 2
 
 The three adapters of `examples/policies/` over SmolLM2-135M, with the rewards of `examples/rewards.py`. Every repetition
 runs `AutoModelForCausalLM.generate` of the base for the same prompts in the same batches, and then one fit of every kind, so
-that all of them meet the same load of the machine. What counts is the ratio of `trainer.train()` to the former, whose
-median over the repetitions is printed with its quartiles, and where the time of the fit goes, in the same unit:
+that all of them see the same load of the machine. Printed are the ratio of the time of `trainer.train()` to the former, as
+median and quartiles over the repetitions, and the parts of the time of the fit, in the same unit:
 
-- generation; scoring: the passes for log-probabilities of the policies and of the reference that sampling has not told
+- generation; scoring: the passes for log-probabilities of the policies and of the reference that sampling has not recorded
 - rewards; weights: the table, its minimum, the certificate; writing: shards and a checkpoint at every step
 
-Rewards are not normalised: with the mixture as proposal, `normalize_rewards=True` and `estimator="bsmd"`, completions of every
-policy are drawn once before the first step, which no other kind of fit needs.
+Rewards are not normalized: with the mixture as proposal, `normalize_rewards=True` and `estimator="bsmd"`, completions of every
+policy are sampled once before the first step, which no other kind of fit needs.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def choose_prompts(count: int) -> Dataset:
-    """Prompts of which `SHARE` are among the share that is scored: of a few drawn at random that may be none."""
+    """Prompts of which the fraction `SHARE` is scored; in a small random sample it could be none."""
     prompts = load_prompts("train").shuffle(seed=0)
     rows: dict[bool, list[int]] = {True: [], False: []}
     for row, example in enumerate(prompts):
@@ -86,7 +86,7 @@ def choose_prompts(count: int) -> Dataset:
 def generate(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list, args: argparse.Namespace
 ) -> None:
-    """What a user without a mixture would run."""
+    """The generation that a user would run without a mixture."""
     config = GenerationConfig(
         do_sample=True,
         top_k=0,
@@ -134,7 +134,7 @@ def make_trainer(
 
 
 def time_parts(trainer: MPOTrainer, clock: Clock) -> dict[str, float]:
-    """A dictionary that fills with the seconds that parts of a fit take while it runs."""
+    """A dictionary that collects the seconds that the parts of a running fit take."""
     seconds: dict[str, float] = defaultdict(float)
 
     def watch(part: str, owner: object, name: str) -> None:
@@ -150,15 +150,14 @@ def time_parts(trainer: MPOTrainer, clock: Clock) -> dict[str, float]:
         setattr(owner, name, timed)
 
     watch("generation", trainer, "sample")
-    watch("policies' scoring", trainer, "policy_logps")
-    watch("reference's scoring", trainer, "reference_logps")
+    watch("policies' scoring", trainer.policy_scorer, "mixture_logps")
+    watch("reference's scoring", trainer.reference_scorer, "mixture_logps")
     watch("rewards", trainer, "score_rewards")
     watch("writing", trainer, "_save_checkpoint")
-    if trainer.rollouts is not None:
-        watch("policies' scoring", trainer.rollouts, "_mixture_logps")
-        watch("weights", trainer.rollouts, "prepare_estimate")
-        watch("weights", trainer.rollouts, "certify")
-        watch("writing", trainer.rollouts.store, "write")
+    if trainer.rollout_fit is not None:
+        watch("weights", trainer.rollout_fit, "prepare_estimator")
+        watch("weights", trainer.rollout_fit, "certify")
+        watch("writing", trainer.rollout_fit.store, "write")
     create_optimizer = trainer.create_optimizer
 
     def create_watched(*args, **kwargs):
@@ -182,7 +181,7 @@ def main() -> None:
     prompts = choose_prompts(args.prompts)["prompt"]
     bare: list[float] = []
     fits: dict[tuple[str, str, float], list[dict[str, float]]] = {kind: [] for kind in KINDS}
-    for repetition in range(args.repetitions + 1):  # the first one is not counted
+    for repetition in range(args.repetitions + 1):  # the first repetition is not counted
         set_seed(repetition)
         start = clock()
         generate(base, tokenizer, prompts, args)

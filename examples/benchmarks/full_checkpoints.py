@@ -1,13 +1,13 @@
 """
-What a step of decoding costs when K full models of one architecture are mixed, by several ways to run them.
+The cost of a decoding step of a mixture of K full models of one architecture, by several methods to run them.
 
     python examples/benchmarks/full_checkpoints.py --threads 2
 
-Ways take turns, step by step, so that they meet the same load of the machine; what counts is the ratio to the first, whose
-median over the repetitions is printed with its quartiles:
+The methods take turns, step by step, so that all of them see the same load of the machine. The ratio to the first method is
+printed, as median and quartiles over the repetitions:
 
-- one after another: the mixture as it runs such models
-- threads: the same, each model in a thread of its own
+- one after another: the default of a mixture
+- threads: the same, each model in its own thread
 - vmap: `torch.func.vmap` over the stacked weights of all models
 - side by side: one pass over all rows, in which every linear layer is a batched product with the weights of all models
   (`model.stack_models = True`)
@@ -76,7 +76,7 @@ def step_of_mixture(mixture: MixturePolicyModel, ids: torch.Tensor, context: int
 
 
 def make_steps(models: list[PreTrainedModel], batch_size: int, context: int, rank: int) -> dict[str, Step]:
-    """One step of decoding by every way, each with a cache of its own."""
+    """One decoding step of every method, each with its own cache."""
     count, config, layers = len(models), models[0].config, models[0].config.num_hidden_layers
     ids = torch.randint(config.vocab_size, (batch_size, 1))
     mixture = MixturePolicyModel.from_policies(models)
@@ -93,7 +93,7 @@ def make_steps(models: list[PreTrainedModel], batch_size: int, context: int, ran
     positions = torch.full((batch_size, 1), context)
 
     def forward(model: PreTrainedModel, cache: DynamicCache) -> torch.Tensor:
-        with torch.no_grad():  # which is a setting of each thread
+        with torch.no_grad():  # this is a setting of each thread
             return model(ids, **{CACHE_NAME: cache}).logits
 
     def run_threads() -> torch.Tensor:

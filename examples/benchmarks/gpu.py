@@ -1,25 +1,25 @@
 """
-Tokens a second of `generate()` with a mixture of LoRA adapters, next to the base model alone, on a GPU.
+Tokens per second of `generate()` with a mixture of LoRA adapters, relative to the base model alone, on a GPU.
 
     python examples/benchmarks/gpu.py --output gpu.json
-    python examples/benchmarks/gpu.py --shapes tiny --device cpu  # to see that it runs
+    python examples/benchmarks/gpu.py --shapes tiny --device cpu  # to check that it runs
 
-Models are built from a configuration on the device, with random weights: the time of a step depends on shapes, not on words.
-Ways take turns, one run each:
+Models are built from a configuration on the device, with random weights: the time of a step depends on shapes, not on text.
+The methods take turns, one run each:
 
 - base: the base model alone
-- ours: the mixture as it runs by default, all adapters in one forward pass
+- ours: the mixture with its defaults, all adapters in one forward pass
 - loop: a forward pass for every adapter, one after another (`model.stack_adapters = False`)
 - names: PEFT's batch of several adapters (`adapter_names`), whose logits are pooled by a processor
 
 in two modes: "compiled", which is what `cache_implementation="static"` does on a GPU (torch.compile with CUDA graphs), and
-"eager", with a cache that grows. A run is the median step behind its prompt; `generate` waits for the device at every step,
-so these are the device's times too. Ratios of runs of one turn are what counts; their median and quartiles are printed, and
+"eager", with a growing cache. A run measures the median step after the prompt; `generate` synchronizes with the device at every
+step, so these are the device's times too. The median and quartiles of the ratios within one turn are printed, and
 the goal is checked: compiled, at most 1.15 times the base for three adapters of rank 16 on the shape 8B.
 
-What matters most is measured first, each case is printed and written when it is done, and `--minutes` keeps later ones from
-being started. Most of the time goes into compiling: `--ways ours` leaves the peers out. Memory for 8B: 16 GiB for the base,
-and beyond it 1 GiB for three adapters in float32 and their copies side by side, and 5 GiB for the keys of 3 times 64 rows.
+The most important cases are measured first, each case is printed and written when it is done, and no case is started after
+`--minutes`. Compilation takes most of the time: `--ways ours` leaves out the other methods. Memory for 8B: 16 GiB for the base,
+1 GiB more for three adapters in float32 and their stacked copies, and 5 GiB for the keys and values of 3 times 64 rows.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def build(shape: str, args: argparse.Namespace) -> tuple[PreTrainedModel, PeftMo
 
 
 class Pool(LogitsProcessor):
-    """Pools blocks of rows, one for each policy, and gives all of them the result."""
+    """Pools blocks of rows, one for each policy, and returns the result for all of them."""
 
     def __init__(self, weights: list[float]):
         self.weights = weights
@@ -126,7 +126,7 @@ class Pool(LogitsProcessor):
 
 
 class Stopwatch(LogitsProcessor):
-    """Notes when each token is chosen. It waits for nothing: `generate` does, at every step, when it looks for the end."""
+    """Records the time of each token. It does not synchronize: `generate` does so at every step, to check for the end."""
 
     def __init__(self):
         self.times: list[float] = []
@@ -136,21 +136,21 @@ class Stopwatch(LogitsProcessor):
         return scores
 
     def step(self) -> float:
-        """Seconds of the median step. The first is left out, which waits for the prompt, and may record a CUDA graph."""
+        """Seconds of the median step. The first step is left out: it waits for the prompt, and may record a CUDA graph."""
         return statistics.median(after - before for before, after in zip(self.times[1:], self.times[2:]))
 
 
 def make_ways(
     base: PreTrainedModel, model: PeftModel, batch_size: int, mode: str, args: argparse.Namespace
 ) -> dict[str, Callable[[], tuple[float, list]]]:
-    """For every way a function that generates once: the seconds of a step, and the tokens."""
+    """For every method, a function that generates once: the seconds of a step, and the tokens."""
     ids = torch.randint(2, 100, (batch_size, args.prompt_length)).to(args.device)
     settings = {"max_new_tokens": args.new_tokens, "do_sample": False, "pad_token_id": 0}
     if mode == "compiled":
         mode = "reduce-overhead" if args.backend == "inductor" else None
-        # not dynamic: ways with other numbers of rows run the same code, which would be compiled for any number then
+        # not dynamic: methods with other numbers of rows run the same code, which would then be compiled for any number
         compiling = CompileConfig(backend=args.backend, mode=mode, dynamic=False)
-        compiling._compile_all_devices = True  # Transformers compiles on accelerators only, unless told so
+        compiling._compile_all_devices = True  # by default Transformers compiles on accelerators only
         settings |= {"cache_implementation": "static", "compile_config": compiling}
 
     def run(which: torch.nn.Module, rows: torch.Tensor, processors: list, **kwargs) -> tuple[float, list]:
@@ -178,7 +178,7 @@ def make_ways(
 
 
 def with_peak(way: Callable[[], tuple[float, list]], device: str) -> tuple[float | None, list]:
-    """The most memory that is in use while a way runs, and the tokens it writes."""
+    """The peak memory of a method, and the tokens it generates."""
     if not device.startswith("cuda"):
         return None, way()[1]
     torch.cuda.reset_peak_memory_stats()
@@ -194,13 +194,13 @@ def measure(
         which.__dict__.pop("_compiled_call", None)
     ways = make_ways(base, model, batch_size, mode, args)
     tokens, failed, peaks = {}, {}, {}
-    # compiles, records CUDA graphs, and once more when all have been run
+    # compiles and records CUDA graphs, then once more after all methods have run
     for _ in range(3 if mode == "compiled" else 1):
         for name, way in ways.items():
             try:
                 if name not in failed:
                     peaks[name], tokens[name] = with_peak(way, args.device)
-            except Exception as error:  # what cannot be compiled, or has not enough memory, is a result too
+            except Exception as error:  # failures to compile and lack of memory are results too
                 failed[name] = f"{type(error).__name__}: {str(error)[:200].partition(chr(10))[0]}"
     seconds: dict[str, list[float]] = {name: [] for name in ways if name not in failed}
     for turn in range(args.repetitions):
@@ -278,8 +278,8 @@ def write(rows: list[dict], args: argparse.Namespace) -> None:
 
 
 def free(device: str) -> None:
-    """Gives back what the last case has left."""
-    torch._dynamo.reset()  # CUDA graphs and their memory, too
+    """Frees the memory of the last case."""
+    torch._dynamo.reset()  # including CUDA graphs and their memory
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()

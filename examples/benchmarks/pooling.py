@@ -1,12 +1,12 @@
 """
-What it takes in memory and time to pool the logits of K components.
+The memory and time of pooling the logits of K components.
 
     python examples/benchmarks/pooling.py --threads 2
 
-`log_linear_pool` adds components up in place, some rows at a time. Beside it: the same with tensors of the full size, as it
-still runs where something is differentiated. The two take turns, and the median of the ratio of their times is printed
-with its quartiles. Memory is what a call takes on top of the logits of a component (Linux), in copies of them in float32:
-one of those is the result.
+`log_linear_pool` adds components in place, some rows at a time. It is compared with tensors of the full size, as in calls
+that are differentiated. The two take turns, and the ratio of their times is printed as median and quartiles.
+Memory is what a call allocates in addition to the logits of a component (Linux), in copies of these in float32:
+one copy is the result.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def pool_whole(logits: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
-    """Pooling by tensors of the full size."""
+    """Pooling with tensors of the full size."""
     pooled = None
     for component_logits, weight in zip(logits, weights):
         term = weight * torch.log_softmax(component_logits, dim=-1, dtype=torch.float32)
@@ -44,7 +44,7 @@ def pool_whole(logits: list[torch.Tensor], weights: list[float]) -> torch.Tensor
 
 @torch.no_grad()
 def measure(logits: torch.Tensor, args: argparse.Namespace) -> list[str]:
-    """Cells of a row, for one tensor that stands for all components: what these themselves hold is not counted."""
+    """Cells of a row, with one tensor in place of all components, whose own memory is not counted."""
     clock = time.process_time if args.cpu_time else time.perf_counter
     components, weights = [logits] * args.components, [1 / args.components] * args.components
     ways = {

@@ -1,9 +1,9 @@
 """
-What pruning a small weight costs: KL divergence of the pruned mixture from the whole one, a token, and its bound.
+The cost of pruning a small weight: KL divergence per token of the pruned mixture from the whole one, and its bound.
 
     python examples/benchmarks/pruning.py
 
-The mixture is of the three adapters of `examples/policies/` over SmolLM2-135M, the third with a small weight ε. The bound is
+The mixture has the three adapters of `examples/policies/` over SmolLM2-135M, the third with a small weight ε. The bound is
 ε KL(pruned || third policy); see `mpo_hf.mixture.configuration_mixture.prune_mixture_weights`.
 """
 

@@ -1,17 +1,17 @@
 """
-What it costs to fit the weights to a store of completions: memory and seconds against the number of rows.
+The cost of fitting the weights to a store of completions: memory and seconds by the number of rows.
 
     python examples/benchmarks/rollout_store.py --output docs/images/rollout_store.png
 
-For every size a store is written, and a process of its own fits the weights to it, `MPOTrainer(rollouts=folder)`, with the
-certificate of its bootstrap replicates. Printed are the resident memory before the store is opened, which is that of the
+For every size, a store is written, and a separate process fits the weights to it, `MPOTrainer(rollouts=folder)`, with the
+certificate from its bootstrap replicates. Printed are the resident memory before the store is opened, which is that of the
 libraries, its peak, and seconds.
 
-The rows are synthetic and their numbers are valid. Completions are drawn from policies that give every token a probability
-of its own, whatever came before it: three of them, each the exact optimum of its reward, which adds up over the tokens. So
+The rows are synthetic but valid. Completions are sampled from three policies under which tokens are independent, each the exact
+optimum of its reward, which is additive over the tokens. So
 log-probabilities under the policies, the reference and both proposals are exact, and so are the densities of the first
-half under the second half's proposal, and the reverse. The models that the trainer is given have random weights, and never
-run: all that they would compute is in the store.
+half under the second half's proposal, and vice versa. The models given to the trainer have random weights, and never
+run: everything that they would compute is in the store.
 """
 
 import argparse
@@ -38,7 +38,7 @@ PROPOSALS = [[1 / 3, 1 / 3, 1 / 3], [0.2, 0.5, 0.3]]
 
 
 class World:
-    """Prompts of some kinds; for each of them rewards of the tokens, and policies that are optimal for these."""
+    """Prompts of several kinds; for each kind, rewards of the tokens and policies that are optimal for these."""
 
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
@@ -49,7 +49,7 @@ class World:
         self.mixtures = (self.policies @ torch.tensor(PROPOSALS, dtype=torch.float64).T).log_softmax(1)
 
     def rows(self, prompts: torch.Tensor, proposal: int) -> dict[str, torch.Tensor]:
-        """Completions of some prompts from a proposal, with their numbers."""
+        """Completions of some prompts from a proposal, with all their values."""
         kinds = (prompts % KINDS).repeat_interleave(COMPLETIONS)
         ids = torch.multinomial(self.mixtures[kinds, :, proposal].exp(), LENGTH, replacement=True)
         at = (kinds.unsqueeze(-1), ids)
@@ -63,7 +63,7 @@ class World:
 
 
 def write_store(folder: Path, num_rows: int, batch_size: int) -> None:
-    """A store as a fit would leave it that visits all prompts twice, and renews its proposal in between."""
+    """A store like that of a fit that visits all prompts twice and updates its proposal in between."""
     torch.manual_seed(0)
     world, store = World(), RolloutStore(folder, {"objectives": LABELS})
     batches = torch.arange(num_rows // (2 * COMPLETIONS)).split(batch_size // COMPLETIONS)
@@ -126,13 +126,13 @@ def tiny_policy() -> LlamaForCausalLM:
 
 
 def resident(field: str) -> int:
-    """Memory of this process in MiB: `VmRSS` now, `VmHWM` at its highest (Linux)."""
+    """Memory of this process in MiB: `VmRSS` is the current value, `VmHWM` the peak (Linux)."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{field}:")[1].split()[0]) // 1024
 
 
 def fit(folder: Path, batch_size: int, num_resamples: int) -> None:
-    """Fits the weights to a store, and prints what it took."""
+    """Fits the weights to a store, and prints time and memory."""
     mixture = MixturePolicyModel.from_policies([tiny_policy() for _ in LABELS], reference=tiny_policy(), labels=LABELS)
     args = MPOConfig(
         output_dir=str(folder / "fit"),
@@ -153,7 +153,7 @@ def fit(folder: Path, batch_size: int, num_resamples: int) -> None:
     opened = time.perf_counter() - start
     trainer.train()
     result = {
-        "rows": len(trainer.rollouts.numbers),
+        "rows": len(trainer.rollout_fit.columns),
         "before": before,
         "peak": resident("VmHWM"),
         "opened": opened,

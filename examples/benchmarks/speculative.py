@@ -1,18 +1,18 @@
 """
-Whether drafts speed a mixture up: assisted generation with several kinds of drafts, next to plain generation.
+The speedup from drafts: assisted generation with several kinds of drafts, compared with plain generation.
 
     python examples/benchmarks/speculative.py --threads 2
 
-The mixture is of the three adapters of `examples/policies/` over SmolLM2-135M, which run in one forward pass, or with
-`--one_after_another` in three, as three full checkpoints would. Drafts are checked by a pass of the mixture over all
-drafted tokens; what comes out is the mixture's own, token for token when greedy.
+The mixture has the three adapters of `examples/policies/` over SmolLM2-135M, which run in one forward pass, or with
+`--one_after_another` in three, as three full checkpoints would. A pass of the mixture over all drafted tokens verifies them;
+the output is that of the mixture, token for token in greedy decoding.
 
 - reference: the base without adapters writes drafts (`assistant_model=model.reference_policy`)
 - component: the first adapter alone does (`assistant_model=model.policy(0)`)
-- prompt lookup: drafts are copied from the text so far (`prompt_lookup_num_tokens`)
+- prompt lookup: drafts are copied from the previous text (`prompt_lookup_num_tokens`)
 
-Ways take turns, prompt by prompt. Printed are medians of time per token relative to plain generation, and the mean number
-of tokens that a pass of the mixture yields, which is 1 without drafts and bounds the gain of a draft that costs nothing.
+The methods take turns, prompt by prompt. Printed are the median time per token relative to plain generation, and the mean number
+of tokens per pass of the mixture, which is 1 without drafts and bounds the speedup of a draft at no cost.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from smollm2 import base_spec, load_tokenizer  # noqa: E402
 
 
 ADAPTERS = ["positive", "concise", "readable"]
-# where text so far is likely to come again
+# prompts whose text is likely to be repeated
 COPYING = "Repeat this text with all its mistakes corrected: "
 
 
@@ -62,7 +62,7 @@ def load_mixture() -> MixturePolicyModel:
 
 
 def make_ways(model: MixturePolicyModel, draft_tokens: list[int]) -> dict[str, dict[str, Any]]:
-    """Arguments of `generate` for every way of drafting."""
+    """Arguments of `generate` for every kind of draft."""
     ways: dict[str, dict[str, Any]] = {"plain": {}}
     for count in draft_tokens:
         for name, assistant in (("reference", model.reference_policy), ("component", model.policy(0))):
@@ -75,7 +75,7 @@ def make_ways(model: MixturePolicyModel, draft_tokens: list[int]) -> dict[str, d
 
 
 def load_questions(tokenizer: PreTrainedTokenizerBase, count: int) -> dict[str, list[torch.Tensor]]:
-    """Token ids of prompts: questions, and texts to be repeated."""
+    """Token ids of prompts: questions, and texts to repeat."""
     questions = [row["prompt"][0]["content"] for row in load_prompts("test").select(range(count * 4))][::4]
     texts = {
         "questions": questions,
@@ -95,7 +95,7 @@ def load_questions(tokenizer: PreTrainedTokenizerBase, count: int) -> dict[str, 
 def run(
     model: MixturePolicyModel, ids: torch.Tensor, settings: dict[str, Any], clock: Callable[[], float]
 ) -> tuple[float, int, int]:
-    """Seconds, tokens written, and passes of the mixture."""
+    """Seconds, generated tokens, and passes of the mixture."""
     passes: list[int] = []
     hook = model.register_forward_hook(lambda *_: passes.append(1))
     start = clock()
@@ -123,7 +123,7 @@ def main() -> None:
     for kind, prompts in load_questions(tokenizer, args.prompts).items():
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         yields: dict[str, list[float]] = {way: [] for way in ways}
-        for ids in [prompts[0], *prompts]:  # the first one twice: the first time is not counted
+        for ids in [prompts[0], *prompts]:  # the first prompt runs twice: its first run is not counted
             for way, settings in ways.items():
                 time_taken, tokens, passes = run(model, ids, {**common, **settings}, clock)
                 seconds[way].append(time_taken / tokens)

@@ -1,4 +1,4 @@
-"""Sample every policy on the held-out prompts and print, and plot, what each reward thinks of it.
+"""Sample every policy on the held-out prompts, and print and plot its rewards.
 
 ```bash
 python examples/policies/evaluate_policies.py
@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 POLICIES = ["reference", *REWARD_FUNCS]
 REWARDS = [*REWARD_FUNCS, "neural positive"]
 
-Table = dict[str, dict[str, np.ndarray]]  # policy -> reward -> one mean reward a prompt
+Table = dict[str, dict[str, np.ndarray]]  # policy -> reward -> one mean reward per prompt
 
 
 @dataclass
@@ -42,7 +42,7 @@ class EvaluationArguments:
 def sample_policy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[dict]], args: EvaluationArguments
 ) -> list[str]:
-    """Sample a completion of every prompt, from the same seed for every policy."""
+    """Sample a completion for every prompt, with the same seed for every policy."""
     set_seed(args.seed)
     completions = []
     for start in range(0, len(prompts), args.batch_size):
@@ -53,7 +53,7 @@ def sample_policy(
 def sample_all(
     tokenizer: PreTrainedTokenizerBase, prompts: list[list[dict]], args: EvaluationArguments
 ) -> dict[str, list[str]]:
-    """Completions of the reference policy and of every adapter; one base model carries them in turn."""
+    """Completions of the reference policy and of every adapter, in turn on one base model."""
     model = load_base()
     completions = {"reference": sample_policy(model, tokenizer, prompts, args)}
     for policy in REWARD_FUNCS:
@@ -101,7 +101,7 @@ def own_gains(table: Table) -> str:
 
 
 def plot(table: Table, file: Path) -> None:
-    """One panel a reward, one bar a policy."""
+    """One panel per reward, one bar per policy."""
     figure, axes = plt.subplots(1, len(REWARDS), figsize=(3 * len(REWARDS), 3), layout="constrained")
     for axis, name in zip(axes, REWARDS, strict=True):
         means, errors = zip(*(mean_and_error(table[policy][name]) for policy in POLICIES), strict=True)

@@ -1,7 +1,7 @@
 """Sample completions from the base model, score them, and pair them up for preference training.
 
-Candidates come from the ordinary prompt and from system prompts that push towards each objective, so that they vary;
-the pairs are put under the ordinary prompt, so that the policies learn the push. Run once:
+Candidates come from the plain prompt and from system prompts that push toward each objective, for variety;
+the pairs use the plain prompt, so that the policies learn the effect of the system prompts. Run once:
 
 ```bash
 python examples/policies/make_pairs.py
@@ -53,9 +53,9 @@ def sample(
     max_new_tokens: int,
     temperature: float = 1.0,
 ) -> list[str]:
-    """Sample one completion a conversation.
+    """Sample one completion per conversation.
 
-    The EOS token is kept in the text of a completion that ended by itself: a truncated one must not look finished.
+    The text of a complete answer keeps its EOS token: a truncated one must not look complete.
     """
     inputs = tokenizer.apply_chat_template(
         conversations, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
@@ -72,7 +72,7 @@ def sample(
 
 
 def candidates() -> list[dict]:
-    """Every prompt under every system prompt; held-out prompts are for the reward model's evaluation."""
+    """Every prompt with every system prompt; held-out prompts are for the evaluation of the reward model."""
     rows = []
     for split in ("train", "test"):
         for prompt in load_prompts(split)["prompt"]:
@@ -88,13 +88,13 @@ def score(prompt: list[dict], completion: str) -> dict[str, float]:
 
 
 def load_pairs(objective: str, split: str = "train", pairs_per_prompt: int = 2, min_gap: float = 0.15) -> Dataset:
-    """Make (chosen, rejected) pairs of the cached completions: best with worst, second best with second worst.
+    """Make (chosen, rejected) pairs from the cached completions: best with worst, second best with second worst.
 
     Args:
         objective: name of the reward that ranks the completions.
         split: `"train"` or `"test"`.
-        pairs_per_prompt: how many pairs to make of a prompt's completions.
-        min_gap: pairs whose rewards are closer than this are left out.
+        pairs_per_prompt: number of pairs per prompt.
+        min_gap: pairs with a smaller difference of rewards are left out.
 
     Returns:
         A conversational preference dataset: `prompt`, `chosen`, `rejected`, and `gap`, the difference of their rewards.

@@ -32,10 +32,10 @@ class PolicyArguments:
 
 
 def verbatim_answers(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Make the chat template write answers as they are.
+    """Make the chat template leave answers unchanged.
 
-    The usual template closes every answer with EOS, so a truncated completion would be trained on as a finished one.
-    The cached completions carry their own EOS where the model ended them.
+    The usual template ends every answer with EOS, so a truncated completion would be trained on as a complete one.
+    Complete answers in the cache already have their own EOS.
     """
     closing = "'<|im_end|>' + '\n'}}"
     if closing not in tokenizer.chat_template:
@@ -51,7 +51,7 @@ def main(args: PolicyArguments) -> None:
     training_args = DPOConfig(
         output_dir=str(CACHE / args.objective),
         beta=args.beta,
-        loss_type=["sigmoid", "sft"],  # DPO alone also drives the chosen completions down, and the English with them
+        loss_type=["sigmoid", "sft"],  # DPO alone also makes the chosen completions, and good English, less likely
         loss_weights=[1.0, args.sft_weight],
         learning_rate=args.learning_rate,
         lr_scheduler_type="linear",

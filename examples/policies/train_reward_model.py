@@ -1,4 +1,4 @@
-"""Train a neural reward model for positive sentiment on VADER-labelled pairs (run `make_pairs.py` first).
+"""Train a neural reward model for positive sentiment on VADER-labeled pairs (run `make_pairs.py` first).
 
 ```bash
 python examples/policies/train_reward_model.py
@@ -40,7 +40,7 @@ class RewardModelArguments:
 
 
 def load_closed_pairs(split: str) -> Dataset:
-    """Pairs without their own EOS: the ordinary chat template closes every answer, here as in use."""
+    """Pairs without their own EOS: the usual chat template ends every answer with one, as at inference."""
 
     def strip_eos(pair: dict) -> dict:
         return {key: [pair[key][0] | {"content": pair[key][0]["content"].removesuffix(EOS)}] for key in answers}
@@ -59,7 +59,7 @@ def load_reward_model() -> PeftModel:
 def neural_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], batch_size: int = 32
 ) -> list[float]:
-    """Score whole conversations (prompt and answer) with the reward model, as the chat template writes them."""
+    """Score whole conversations (prompt and answer) with the reward model, formatted by the chat template."""
     scores = []
     for start in range(0, len(conversations), batch_size):
         inputs = tokenizer.apply_chat_template(
@@ -70,7 +70,7 @@ def neural_scores(
 
 
 def score_differences(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> torch.Tensor:
-    """Score of the chosen answer less score of the rejected one."""
+    """Score of the chosen answer minus that of the rejected one."""
     chosen, rejected = (
         torch.tensor(neural_scores(model, tokenizer, [pair["prompt"] + pair[answer] for pair in pairs]))
         for answer in ("chosen", "rejected")
@@ -81,9 +81,9 @@ def score_differences(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 def fit_head(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset, penalty: float = 0.05
 ) -> None:
-    """Start the score head from logistic regression on the frozen base's features.
+    """Initialize the score head by logistic regression on the frozen base's features.
 
-    From a random head, fine-tuning spends its first epochs on noise.
+    With a random head, the first epochs of fine-tuning learn from noise.
     """
     head, model.score = model.score, torch.nn.Identity()
     features = score_differences(model, tokenizer, pairs)
@@ -103,7 +103,7 @@ def fit_head(
 
 
 def pair_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> float:
-    """How often the chosen answer gets the higher score."""
+    """The share of pairs in which the chosen answer has the higher score."""
     return (score_differences(model, tokenizer, pairs) > 0).float().mean().item()
 
 

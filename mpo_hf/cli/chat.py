@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..mixture.modeling_mixture import MixturePolicyModel
 from .generate import SAMPLING_SECTION, SamplingArguments, generate, make_streamer, sampling_kwargs
-from .opening import MODEL_SECTION, ModelArguments, open_mixture, open_tokenizer
+from .loading import MODEL_SECTION, ModelArguments, load_mixture, load_tokenizer_of
 from .parser import CommandParser
 
 
-COMMANDS = "/weights shows the mixture weights, /weights 0.2 0.8 changes them, /reset forgets, /quit leaves."
+COMMANDS = "/weights shows the mixture weights, /weights 0.2 0.8 changes them, /reset starts over, /quit leaves."
 
 
 @dataclass
@@ -35,7 +35,7 @@ def make_parser() -> CommandParser:
         "chat",
         [ModelArguments, ChatArguments, SamplingArguments],
         usage="--model MIX [options]",
-        description=f"Talks to a mixture whose tokenizer has a chat template. In the conversation, {COMMANDS}",
+        description=f"Chats with a mixture whose tokenizer has a chat template. In the conversation, {COMMANDS}",
         sections={"mixture": MODEL_SECTION, "conversation": ["system"], "decoding": SAMPLING_SECTION},
         examples=EXAMPLES,
     )
@@ -45,8 +45,8 @@ def run(argv: Sequence[str]) -> None:
     """Runs `mpo-hf chat`."""
     model_args, args, sampling = make_parser().parse(argv)
     kwargs = sampling_kwargs(sampling)
-    model = open_mixture(model_args)
-    tokenizer = open_tokenizer(model, model_args.model, model_args.revision)
+    model = load_mixture(model_args)
+    tokenizer = load_tokenizer_of(model, model_args.model, model_args.revision)
     if tokenizer.chat_template is None:
         raise ValueError("The mixture's tokenizer has no chat template. `mpo-hf generate` continues plain texts.")
     if sampling.seed is not None:
@@ -57,7 +57,7 @@ def run(argv: Sequence[str]) -> None:
 
 class Conversation:
     """
-    Messages so far, and what to do with the next line.
+    The messages so far, and the handling of the next line.
 
     Args:
         model ([`MixturePolicyModel`]): the mixture.
@@ -74,7 +74,7 @@ class Conversation:
         self.messages = list(self.opening)
 
     def run(self) -> None:
-        """Reads lines until there are no more, or one says so."""
+        """Reads lines until the input ends or one is `/quit`."""
         while (line := _read_line()) is not None:
             command, *arguments = line.split() or [""]
             if command == "/quit":
@@ -99,7 +99,7 @@ class Conversation:
             print(f"error: {err}")
 
     def answer(self, line: str) -> None:
-        """Answers a message; one that cannot be answered, or whose answer is interrupted, is forgotten."""
+        """Answers a message. It is dropped if its answer is interrupted."""
         messages = [*self.messages, {"role": "user", "content": line}]
         inputs = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"

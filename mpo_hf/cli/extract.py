@@ -13,9 +13,9 @@ from .parser import CommandParser
 
 @dataclass
 class ExtractArguments:
-    """What of which difference to keep, and where to put it."""
+    """The models, how much of their difference is kept, and the output."""
 
-    base: str = field(metadata={"help": "The model that it was made from: a folder or a repo id.", "metavar": "BASE"})
+    base: str = field(metadata={"help": "The model that was fine-tuned: a folder or a repo id.", "metavar": "BASE"})
     output_dir: str = field(metadata={"help": "Folder for the adapter.", "metavar": "DIR"})
     rank: int | None = field(
         default=None, metadata={"help": "Rank of the adapter, 32 by default. With --energy, the highest rank."}
@@ -29,17 +29,20 @@ class ExtractArguments:
     )
     embeddings: bool = field(default=False, metadata={"help": "Factor embeddings, and a head tied to them, too."})
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to keep as they are, such as norm.", "metavar": "NAME"}
+        default=None, metadata={"help": "Modules that are saved without factoring, such as norm.", "metavar": "NAME"}
     )
     text_file: str | None = field(
-        default=None, metadata={"help": "Texts, one a line, to measure the KL divergence on.", "metavar": "FILE"}
+        default=None,
+        metadata={"help": "File of texts, one per line, to measure the KL divergence on.", "metavar": "FILE"},
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the fine-tune."})
     base_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base."})
     dtype: str | None = field(
-        default=None, metadata={"help": "Type of the adapter's weights. Default: as in the fine-tune."}
+        default=None, metadata={"help": "Type of the adapter's weights. Default: that of the fine-tune."}
     )
-    device: str | None = field(default=None, metadata={"help": "Where to compute, such as cuda. Default: the CPU."})
+    device: str | None = field(
+        default=None, metadata={"help": "Device for the computation, such as cuda. Default: the CPU."}
+    )
 
 
 EXAMPLES = """
@@ -54,8 +57,8 @@ def make_parser() -> CommandParser:
         "extract-adapter",
         [ExtractArguments],
         usage="MODEL --base BASE --output_dir DIR [options]",
-        description="Turns a full fine-tune into a LoRA adapter of its base, and reports what is lost. Checkpoints made from one "
-        "base then share it in memory, and run in one forward pass.",
+        description="Turns a full fine-tune into a LoRA adapter of its base, and reports the error. Checkpoints of one base then "
+        "share it in memory, and run in one forward pass.",
         sections={
             "models": ["model", "base", "revision", "base_revision"],
             "what is kept": ["rank", "energy", "target_modules", "embeddings", "modules_to_save"],

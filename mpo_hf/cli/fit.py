@@ -1,4 +1,4 @@
-"""`mpo-hf fit`: the mixture weights for policies and their rewards."""
+"""`mpo-hf fit`: fits mixture weights to policies and their rewards."""
 
 import os
 from collections.abc import Sequence
@@ -6,15 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
-from transformers import AutoTokenizer
 from trl import ScriptArguments
 
+from ..mixture.hub_files import Location
 from ..mixture.modeling_mixture import MixturePolicyModel
+from ..mixture.tokenizer_loading import load_tokenizer
+from ..text_table import format_table
 from ..trainer import MPOConfig, MPOTrainer
 from ..trainer.fit_card import PLOT_NAME
 from .parser import CommandParser
 from .reward_arguments import parse_reward
-from .table import format_table
 
 
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -22,7 +23,7 @@ FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": 
 
 @dataclass
 class FitArguments(ScriptArguments):
-    """What to fit, and on which prompts; TRL's script arguments among them."""
+    """The policies, rewards and prompts of a fit, and TRL's script arguments."""
 
     policies: list[str] = field(
         default_factory=list,
@@ -35,7 +36,7 @@ class FitArguments(ScriptArguments):
     reference: str | None = field(
         default=None,
         metadata={
-            "help": "The policy that all were aligned from. Not needed for adapters over one base.",
+            "help": "The policy that all others were aligned from. Not needed for adapters over one base.",
             "metavar": "POLICY",
             "aliases": ["--ref_model"],
         },
@@ -43,7 +44,7 @@ class FitArguments(ScriptArguments):
     rewards: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "One reward a policy, in their order: repo id or folder of a classifier, file.py:function or "
+            "help": "One reward per policy, in the same order: repo id or folder of a classifier, file.py:function or "
             "module:function. In YAML also dictionaries, with the arguments of RewardModelSpec, or an ensemble of rewards. "
             "Not needed for the implicit objective.",
             "metavar": "REWARD",
@@ -51,21 +52,21 @@ class FitArguments(ScriptArguments):
         },
     )
     labels: list[str] = field(
-        default_factory=list, metadata={"help": "Names of the objectives, one a policy.", "metavar": "NAME"}
+        default_factory=list, metadata={"help": "Names of the objectives, one per policy.", "metavar": "NAME"}
     )
-    weights: list[float] | None = field(default=None, metadata={"help": "Weights to start from. Default: equal ones."})
+    weights: list[float] | None = field(default=None, metadata={"help": "Initial weights. Default: equal ones."})
     tokenizer: str | None = field(
         default=None, metadata={"help": "Repo id or folder of the tokenizer. Default: that of the first policy."}
     )
     dtype: str = field(default="auto", metadata={"help": "Type of the policies in memory, such as bfloat16."})
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the Python code that comes with the policies."}
+        default=False, metadata={"help": "Run the Python code in the repos of the policies and of the tokenizer."}
     )
     dataset_name: str | None = field(
         default=None,
         metadata={
             "help": "The prompts: a dataset's repo id or folder, or a .json, .jsonl, .parquet or .csv file, with a column "
-            "'prompt' of texts or of conversations. Rewards see the other columns.",
+            "'prompt' of texts or of conversations. Other columns are passed to the rewards.",
             "metavar": "DATASET",
             "aliases": ["--dataset"],
         },
@@ -88,7 +89,7 @@ class FitArguments(ScriptArguments):
     )
 
     def __post_init__(self):
-        # one alone needs no list in YAML
+        # in YAML, a single value needs no list
         for name in ("policies", "rewards", "labels"):
             value = getattr(self, name)
             setattr(self, name, list(value) if isinstance(value, list | tuple) else [value])
@@ -99,13 +100,13 @@ class FitArguments(ScriptArguments):
         if self.rollouts:
             if self.dataset_name:
                 raise ValueError(
-                    f"--rollouts {self.rollouts} bring their own prompts. Leave out --dataset {self.dataset_name}; prompts to "
-                    "evaluate on are given by --eval_dataset."
+                    f"--rollouts {self.rollouts} come with their own prompts. Leave out --dataset {self.dataset_name}; use "
+                    "--eval_dataset for prompts to evaluate on."
                 )
         elif not self.dataset_name:
             raise ValueError(
-                "--dataset is needed: prompts to fit on, for instance --dataset prompts.jsonl (or completions to fit to, "
-                "by --rollouts)"
+                "--dataset is needed: prompts to fit on, for instance --dataset prompts.jsonl (or --rollouts, completions "
+                "to fit to)"
             )
         if self.rewards and len(self.rewards) < len(self.policies):
             raise ValueError(
@@ -170,20 +171,20 @@ SECTIONS = {
     ],
 }
 
-# shorter than the texts of TRL and Transformers
+# Shorter than the help texts of TRL and Transformers.
 TEXTS = {
     "dataset_config": "Configuration of a dataset that has several.",
-    "dataset_train_split": "The split to fit on; also as in 'train[:500]'.",
+    "dataset_train_split": "The split to fit on, such as 'train[:500]'.",
     "dataset_streaming": "Stream the dataset instead of downloading it first.",
     "dataset_test_split": "The split for --eval_strategy.",
-    "eval_strategy": "When to evaluate the mixture. There is --eval_steps too.",
+    "eval_strategy": "When to evaluate the mixture: no, steps or epoch; see also --eval_steps.",
     "seed": "Seed of the sampling.",
     "output_dir": "Folder for the mixture and its checkpoints. Default: trainer_output.",
-    "resume_from_checkpoint": "Folder of a checkpoint to go on from; 'true' for the last one in --output_dir.",
+    "resume_from_checkpoint": "Folder of a checkpoint to resume from; 'true' for the last one in --output_dir.",
     "report_to": "Where to log: tensorboard, wandb, trackio, all.",
     "push_to_hub": "Push the mixture to the Hub.",
     "hub_model_id": "Repo to push to. Default: the name of the folder.",
-    "hub_private_repo": "Whether to make that repo a private one: true or false.",
+    "hub_private_repo": "Whether to create that repo as private: true or false.",
 }
 
 EXAMPLES = """
@@ -209,9 +210,9 @@ def make_parser() -> CommandParser:
         "fit",
         [FitArguments, MPOConfig],
         usage="--policies POLICY ... --rewards REWARD ... --dataset DATASET --output_dir FOLDER [options]",
-        description="Finds the mixture weights that make the worst-off objective as well off as it can be. Nothing is "
-        "trained: completions are sampled and scored, and the weights follow. Writes the mixture (a config, a tokenizer "
-        "and a model card; policies are referred to) and a picture of the fit. On several processes: accelerate launch "
+        description="Finds the mixture weights that maximize the reward of the worst-off objective. Nothing is trained: the "
+        "weights are fitted to sampled completions and their rewards. Saves the mixture (a config that refers to the "
+        "policies, a tokenizer and a model card) and a plot of the fit. On several processes: accelerate launch "
         "-m mpo_hf.cli.main fit ...",
         sections=SECTIONS,
         examples=EXAMPLES,
@@ -233,7 +234,7 @@ def run(argv: Sequence[str]) -> None:
         print(f"The mixture is in {training_args.output_dir}.")
         path = os.path.join(training_args.output_dir, PLOT_NAME)
         if os.path.isfile(path):
-            print(f"A picture of the fit is in {path}.")
+            print(f"A plot of the fit is in {path}.")
     if training_args.push_to_hub:
         trainer.push_to_hub()
         trainer.accelerator.print(f"It is shared as {trainer.hub_model_id}.")
@@ -241,7 +242,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def make_trainer(args: FitArguments, training_args: MPOConfig) -> MPOTrainer:
-    """Opens what the arguments name: what is quick to check first, policies last."""
+    """A trainer for the arguments. What is quick to check is loaded first, and policies last."""
     rewards = [parse_reward(reward) for reward in args.rewards]
     train_dataset = rollouts = eval_dataset = None
     if args.rollouts:
@@ -251,21 +252,25 @@ def make_trainer(args: FitArguments, training_args: MPOConfig) -> MPOTrainer:
     if training_args.eval_strategy != "no":
         if args.eval_dataset_name is None and (rollouts is not None or _file_type(args.dataset_name)):
             raise ValueError(
-                "--eval_strategy needs --eval_dataset: a file of prompts, or rollouts, have no test split."
+                "--eval_strategy needs --eval_dataset, as files of prompts and rollouts have no test split."
             )
         eval_dataset = load_prompts(args, args.eval_dataset_name or args.dataset_name, args.dataset_test_split)
+    tokenizer = None
+    if args.tokenizer:
+        kwargs = {"trust_remote_code": True} if args.trust_remote_code else {}
+        tokenizer = load_tokenizer([Location(args.tokenizer)], f"--tokenizer {args.tokenizer}", **kwargs)
     return MPOTrainer(
-        model=open_policies(args, training_args),
+        model=mix_policies(args, training_args),
         reward_funcs=rewards or None,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None,
+        processing_class=tokenizer,
         rollouts=rollouts,
     )
 
 
-def open_policies(args: FitArguments, training_args: MPOConfig) -> MixturePolicyModel:
+def mix_policies(args: FitArguments, training_args: MPOConfig) -> MixturePolicyModel:
     """Mixes the policies."""
     kwargs: dict[str, Any] = {"dtype": args.dtype, **(training_args.model_init_kwargs or {})}
     if args.trust_remote_code:
@@ -292,11 +297,11 @@ def load_prompts(args: FitArguments, name: str, split: str) -> Dataset | Iterabl
 
 
 def load_rollouts(args: FitArguments, training_args: MPOConfig) -> str | Dataset:
-    """Completions to fit to: the folder of a store as it is, anything else as a dataset."""
+    """Completions to fit to: the folder of a store, or a dataset."""
     if training_args.estimator != "mis":
         raise ValueError(
             f"--rollouts {args.rollouts} need --estimator mis: mirror descent (--estimator {training_args.estimator}) draws "
-            "its completions itself."
+            "its own completions."
         )
     if args.dataset_streaming:
         raise ValueError("--rollouts are fitted all at once, and cannot be streamed. Leave out --dataset_streaming.")
@@ -306,7 +311,7 @@ def load_rollouts(args: FitArguments, training_args: MPOConfig) -> str | Dataset
 
 
 def summarize(trainer: MPOTrainer) -> str:
-    """The fitted weights with what is known of them, and the means over all steps of what was measured."""
+    """The fitted weights with their certificate, and means of the logged metrics over all steps."""
     config = trainer.model.config
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     certificate, rows = trainer.certificate, []
@@ -341,5 +346,5 @@ def _file_type(name: str) -> str | None:
 
 
 def _checkpoint(value: str | bool | None) -> str | bool | None:
-    """A folder; or whether to go on from the last checkpoint, which the command line gives as a text."""
+    """The folder of a checkpoint, or whether to resume from the last one, which the command line gives as a text."""
     return {"true": True, "false": None}.get(str(value).lower(), value)

@@ -10,18 +10,20 @@ import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from ..mixture.modeling_mixture import MixturePolicyModel
-from .opening import MODEL_SECTION, ModelArguments, open_mixture, open_tokenizer
+from .loading import MODEL_SECTION, ModelArguments, load_mixture, load_tokenizer_of
 from .parser import CommandParser
 
 
 @dataclass
 class SamplingArguments:
-    """How to decode. What is not given is up to the mixture's generation config."""
+    """How to decode. The mixture's generation config has the defaults."""
 
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest completion, in tokens."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Maximum length of a completion, in tokens."})
     temperature: float | None = field(default=None, metadata={"help": "Sampling temperature; 0 for greedy decoding."})
-    top_p: float | None = field(default=None, metadata={"help": "Sample from the most likely tokens of this mass."})
-    top_k: int | None = field(default=None, metadata={"help": "Sample from so many most likely tokens."})
+    top_p: float | None = field(
+        default=None, metadata={"help": "Sample from the most likely tokens with this total probability."}
+    )
+    top_k: int | None = field(default=None, metadata={"help": "Sample from this many of the most likely tokens."})
     seed: int | None = field(default=None, metadata={"help": "Seed of the sampling."})
 
 
@@ -30,15 +32,15 @@ SAMPLING_SECTION = ["max_new_tokens", "temperature", "top_p", "top_k", "seed"]
 
 @dataclass
 class GenerateArguments:
-    """Which prompts, and what becomes of the completions."""
+    """The prompts, and the format of the completions."""
 
     prompt: list[str] = field(default_factory=list, metadata={"help": "The prompts, each in quotation marks."})
     prompts_file: str | None = field(
-        default=None, metadata={"help": "File with one prompt a line; - for standard input.", "metavar": "FILE"}
+        default=None, metadata={"help": "File with one prompt per line; - for standard input.", "metavar": "FILE"}
     )
     system: str | None = field(default=None, metadata={"help": "System message."})
     raw: bool = field(
-        default=False, metadata={"help": "Continue the prompts as they are, without the tokenizer's chat template."}
+        default=False, metadata={"help": "Continue the prompts as plain texts, without the tokenizer's chat template."}
     )
     batch_size: int = field(default=8, metadata={"help": "Prompts at a time."})
     json: bool = field(default=False, metadata={"help": 'Write lines of JSON: {"prompt": ..., "completion": ...}.'})
@@ -56,8 +58,8 @@ def make_parser() -> CommandParser:
         "generate",
         [ModelArguments, GenerateArguments, SamplingArguments],
         usage='--model MIX [--prompt "..."] [options]',
-        description="Completes prompts with a mixture. Prompts come from --prompt, from --prompts_file or, one a line, from "
-        "standard input. They become user messages where the tokenizer has a chat template.",
+        description="Completes prompts with a mixture. Prompts come from --prompt, from --prompts_file or from standard input, "
+        "one per line. They become user messages if the tokenizer has a chat template.",
         sections={
             "mixture": MODEL_SECTION,
             "prompts": ["prompt", "prompts_file", "system", "raw", "batch_size", "json"],
@@ -74,8 +76,8 @@ def run(argv: Sequence[str]) -> None:
         raise ValueError(f"--batch_size must be at least 1, got {args.batch_size}.")
     kwargs = sampling_kwargs(sampling)
     prompts = read_prompts(args)
-    model = open_mixture(model_args)
-    tokenizer = open_tokenizer(model, model_args.model, model_args.revision)
+    model = load_mixture(model_args)
+    tokenizer = load_tokenizer_of(model, model_args.model, model_args.revision)
     if sampling.seed is not None:
         set_seed(sampling.seed)
     if len(prompts) == 1 and not args.json:
@@ -93,10 +95,10 @@ def sampling_kwargs(args: SamplingArguments) -> dict[str, Any]:
     The arguments of `generate()`.
 
     Args:
-        args ([`SamplingArguments`]): as they were given.
+        args ([`SamplingArguments`]): the options.
 
     Raises:
-        `ValueError`: for values that make no sense.
+        `ValueError`: for values out of range.
     """
     if args.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens must be at least 1, got {args.max_new_tokens}.")
@@ -114,7 +116,7 @@ def read_prompts(args: GenerateArguments) -> list[str]:
     The prompts, in their order.
 
     Args:
-        args ([`GenerateArguments`]): where they are.
+        args ([`GenerateArguments`]): the options.
 
     Raises:
         `ValueError`: when there is none.
@@ -126,7 +128,9 @@ def read_prompts(args: GenerateArguments) -> list[str]:
     elif args.prompts_file == "-" or (not prompts and not sys.stdin.isatty()):
         prompts += _lines(sys.stdin)
     if not prompts:
-        raise ValueError('There is no prompt. Give one by --prompt "...", or some by --prompts_file FILE, one a line.')
+        raise ValueError(
+            'There is no prompt. Give one by --prompt "...", or several by --prompts_file FILE, one per line.'
+        )
     return prompts
 
 
@@ -156,7 +160,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, args: GenerateArguments, prompts:
         )
         for prompt in prompts
     ]
-    # the template has written the special tokens
+    # the template has added the special tokens
     return tokenizer(texts, padding=len(texts) > 1, padding_side="left", add_special_tokens=False, return_tensors="pt")
 
 

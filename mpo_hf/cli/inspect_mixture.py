@@ -1,4 +1,4 @@
-"""`mpo-hf inspect`: what a mixture consists of, without loading it."""
+"""`mpo-hf inspect`: the components of a mixture, without loading them."""
 
 import json
 import math
@@ -8,22 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, logging
 
 from ..mixture.component_loading import resolve_relative
 from ..mixture.configuration_mixture import MixtureComponent, MixturePolicyConfig
+from ..mixture.hub_files import Location, read_license
 from ..mixture.mixture_building import read_mixture_config
-from .opening import named_in_errors
+from ..text_table import align_columns, format_table
+from .loading import named_in_errors
 from .parser import CommandParser
-from .table import format_table
-
-
-TIMEOUT = 10  # seconds for an answer of the Hub
-
-Location = tuple[str | None, str | None, str | None]  # path or repo id, revision, subfolder
 
 
 @dataclass
@@ -32,14 +28,12 @@ class InspectArguments:
 
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the mixture's repo."})
     json: bool = field(default=False, metadata={"help": "Write JSON instead of tables."})
-    offline: bool = field(
-        default=False, metadata={"help": "Do not ask the Hub for the licences and sizes of policies there."}
-    )
+    offline: bool = field(default=False, metadata={"help": "Do not ask the Hub for licenses and sizes of policies."})
 
 
 EXAMPLES = """
 mpo-hf inspect mix
-mpo-hf inspect user/mix --json | jq ".components[].licence"
+mpo-hf inspect user/mix --json | jq ".components[].license"
 """
 
 
@@ -49,8 +43,8 @@ def make_parser() -> CommandParser:
         "inspect",
         [InspectArguments],
         usage="MIXTURE [options]",
-        description="Shows the components of a mixture: weights, sources, revisions, sizes and licences. It reads the "
-        "mixture's config, and no weights. What cannot be found out is shown as '-'.",
+        description="Shows the components of a mixture: weights, sources, revisions, sizes and licenses. It reads the "
+        "mixture's config, and no weights. Unknown values are shown as '-'.",
         sections={"mixture": ["mixture", "revision"], "output": ["json", "offline"]},
         examples=EXAMPLES,
     )
@@ -85,7 +79,7 @@ def describe(
     configs: list[PreTrainedConfig | None] = list(config.component_configs) or [None] * len(config.components)
     for k, (label, weight, part) in enumerate(zip(config.labels, config.mixture_weights, configs)):
         component = config.components[k]
-        # components in the mixture's own checkpoint share nothing
+        # components in the mixture's own checkpoint share no parameters
         checkpoint = component.checkpoint if component.name_or_path is not None else k
         if checkpoint not in sizes:
             sizes[checkpoint] = None if part is None else _count_parameters(part)
@@ -97,7 +91,7 @@ def describe(
                 "weight": weight,
                 "model_type": part.model_type if part is not None else None,
                 "parameters": sizes[checkpoint],
-                "adapter_parameters": _count_adapter_parameters(_adapter_of(located), online),
+                "adapter_parameters": _count_adapter_parameters(located.adapter_location, online),
             }
         )
     reference = config.reference
@@ -118,18 +112,18 @@ def describe(
 
 
 def _facts(component: MixtureComponent, located: MixtureComponent, online: bool) -> dict[str, Any]:
-    """What holds for a reference too; the four fields that matter are there even where they are not set."""
+    """Facts about a component or a reference. Its four main fields are included even if they are not set."""
     return {
         **dict.fromkeys(("name_or_path", "revision", "adapter", "adapter_revision")),
         **component.to_dict(),
-        "licence": _licence(_base_of(located), online),
-        "adapter_licence": _licence(_adapter_of(located), online),
+        "license": _license(located.location, online),
+        "adapter_license": _license(located.adapter_location, online),
     }
 
 
 def format_facts(facts: dict[str, Any]) -> str:
-    """The facts as tables for people."""
-    header = ["component", "weight", "policy", "revision", "parameters", "licence"]
+    """The facts as tables."""
+    header = ["component", "weight", "policy", "revision", "parameters", "license"]
     rows = [[c["label"], c["weight"], *_cells(c)] for c in facts["components"]]
     if facts["reference"] is not None:
         rows.append(["(reference)", None, *_cells(facts["reference"])])
@@ -142,12 +136,11 @@ def format_facts(facts: dict[str, Any]) -> str:
         ["layers", f"{facts['num_hidden_layers']} in all"],
         ["context", f"{facts['max_position_embeddings']} tokens" if facts["max_position_embeddings"] else "-"],
     ]
-    width = max(len(name) for name, _ in about)
-    return "\n".join([format_table(header, rows), "", *(f"{name:<{width}}  {value}" for name, value in about)])
+    return "\n".join([format_table(header, rows), "", align_columns(about)])
 
 
 def _cells(component: dict[str, Any]) -> list[str]:
-    """Policy, revision, parameters and licence, of an adapter and of what it lies over."""
+    """Policy, revision, parameters and license, of the model or of an adapter and its base."""
 
     def over(adapter: str | None, base: str | None, joint: str) -> str:
         return joint.join([adapter or "-", base or "-"]) if component.get("adapter") else base or "-"
@@ -155,10 +148,10 @@ def _cells(component: dict[str, Any]) -> list[str]:
     policy = over(component.get("adapter"), component.get("name_or_path"), " over ")
     revision = over(_short_hash(component.get("adapter_revision")), _short_hash(component.get("revision")), " over ")
     parameters = over(_shorten(component.get("adapter_parameters")), _shorten(component.get("parameters")), " + ")
-    licence = over(component.get("adapter_licence"), component.get("licence"), " over ")
-    if policy == "-":  # a reference always says where it lives
+    license = over(component.get("adapter_license"), component.get("license"), " over ")
+    if policy == "-":  # a component; a reference always has a location
         policy = "in the mixture's own checkpoint"
-    return [policy, *("-" if set(text) <= set("- over+") else text for text in (revision, parameters, licence))]
+    return [policy, *("-" if set(text) <= set("- over+") else text for text in (revision, parameters, license))]
 
 
 def _short_hash(revision: str | None) -> str | None:
@@ -184,16 +177,16 @@ def _count_parameters(config: PreTrainedConfig) -> int | None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         return sum(parameter.numel() for parameter in model.parameters())
-    except Exception:  # an architecture that cannot be built so is no reason to show nothing
+    except Exception:  # such as an architecture that cannot be built on the meta device; the other facts are shown
         return None
     finally:
         logging.set_verbosity(verbosity)
 
 
-def _count_adapter_parameters(location: Location, online: bool) -> int | None:
-    path, revision, subfolder = location
-    if path is None:
+def _count_adapter_parameters(location: Location | None, online: bool) -> int | None:
+    if location is None:
         return None
+    path, subfolder = location.name_or_path, location.subfolder
     try:
         if os.path.isdir(path):
             with safe_open(os.path.join(path, subfolder or "", ADAPTER_SAFE_WEIGHTS_NAME), framework="pt") as file:
@@ -201,7 +194,7 @@ def _count_adapter_parameters(location: Location, online: bool) -> int | None:
         if not online:
             return None
         filename = "/".join(filter(None, [subfolder, ADAPTER_SAFE_WEIGHTS_NAME]))
-        metadata = HfApi().parse_safetensors_file_metadata(path, filename, revision=revision)
+        metadata = HfApi().parse_safetensors_file_metadata(path, filename, revision=location.revision)
         return sum(metadata.parameter_count.values())
     except Exception:  # no network, no such file, no access
         return None
@@ -220,40 +213,22 @@ def _total(sizes: Sequence[int | None]) -> int | None:
     return None if None in sizes else sum(sizes)
 
 
-# ---- licences ----
+# ---- licenses ----
 
 
 def _locate(component: MixtureComponent, source: str, revision: str | None) -> MixtureComponent:
     try:
         return resolve_relative(component, source, revision)
-    except OSError:  # it refers to a folder that is not there; what can be shown is shown
+    except OSError:  # it refers to a folder that does not exist; the other facts are shown
         return component
 
 
-def _base_of(component: MixtureComponent) -> Location:
-    return component.name_or_path, component.revision, component.subfolder
-
-
-def _adapter_of(component: MixtureComponent) -> Location:
-    return component.adapter, component.adapter_revision, component.adapter_subfolder
-
-
-def _licence(location: Location, online: bool) -> str | None:
-    """What the model card says, or the tags of the repo."""
-    path, revision, subfolder = location
-    if path is None:
+def _license(location: Location | None, online: bool) -> str | None:
+    """The license that the model card states."""
+    if location is None or not (online or os.path.isdir(location.name_or_path)):
         return None
     try:
-        if os.path.isdir(path):
-            return _text(ModelCard.load(os.path.join(path, subfolder or "", "README.md")).data.get("license"))
-        if not online:
-            return None
-        info = HfApi().model_info(path, revision=revision, timeout=TIMEOUT)
-        tagged = [tag.removeprefix("license:") for tag in info.tags or [] if tag.startswith("license:")]
-        return _text(info.card_data.get("license") if info.card_data else None) or _text(tagged)
+        found = read_license(location)
     except Exception:  # no network, no such repo, no card
         return None
-
-
-def _text(licence: str | list[str] | None) -> str | None:
-    return ", ".join(licence) or None if isinstance(licence, list) else licence
+    return found and found.license

@@ -1,4 +1,4 @@
-"""`mpo-hf`: chooses a command, and turns the errors of a user into one line."""
+"""`mpo-hf`: runs a command, and reports errors of a user in one line."""
 
 import argparse
 import importlib
@@ -9,24 +9,24 @@ from collections.abc import Sequence
 from .. import __version__
 
 
-# command: the module that runs it, imported only then; what it does
+# For each command, its module, which is imported when it runs, and its description.
 COMMANDS = {
     "fit": ("fit", "find the mixture weights for policies and their rewards"),
     "generate": ("generate", "complete prompts with a mixture"),
     "chat": ("chat", "talk to a mixture"),
-    "inspect": ("inspect_mixture", "show components, weights, sizes and licences of a mixture"),
+    "inspect": ("inspect_mixture", "show components, weights, sizes and licenses of a mixture"),
     "serve": ("serve", "answer OpenAI clients with a mixture; `transformers serve` that knows mixtures"),
     "push": ("push", "share a mixture on the Hub"),
     "extract-adapter": ("extract", "turn a full fine-tune into an adapter of its base"),
 }
 
 DESCRIPTION = """\
-Mix aligned language models log-linearly, and find the weights that make the worst-off objective as well off as it can be.
+Mix aligned language models log-linearly, and find the weights that maximize the reward of the worst-off objective.
 
 commands:
 {commands}
 
-`mpo-hf COMMAND --help` explains the options of a command. All of them can be given in a YAML file, by --config FILE.
+`mpo-hf COMMAND --help` explains the options of a command. All of them can also be set in a YAML file, by --config FILE.
 Several processes: accelerate launch -m mpo_hf.cli.main fit ..."""
 
 EXAMPLES = """\
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, `| head` for one
+    except BrokenPipeError:  # the reader of the output has ended, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as err:
@@ -87,9 +87,9 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _is_user_error(err: Exception) -> bool:
-    """Wrong values, missing files and repositories, and what a reward function of the user's raised."""
+    """Whether it is a wrong value, a missing file or repository, or an error in a reward function of the user."""
     names = {cls.__name__ for cls in type(err).__mro__}
-    # by name: their modules need not have been imported
+    # by name, as their modules may not have been imported
     return isinstance(err, ValueError | OSError) or bool(names & {"RewardError", "YAMLError"})
 
 

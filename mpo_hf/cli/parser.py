@@ -1,4 +1,4 @@
-"""TRL's parser, with a page of help that fits on a screen and unknown options that are explained."""
+"""TRL's parser, with a short page of help and explanations of unknown options."""
 
 import argparse
 import difflib
@@ -19,8 +19,8 @@ class CommandParser(TrlParser):
     Args:
         command (`str`): name of the command.
         dataclass_types (`Sequence[type]`): the options, as `TrlParser` takes them.
-        usage (`str`): what has to be given.
-        description (`str`): what the command does.
+        usage (`str`): the required arguments.
+        description (`str`): the description of the command.
         sections (`Mapping[str, Sequence[str]]`):
             Names of the options on the page of help, by section. Others are listed by `--help_all`.
         examples (`str`): examples for the page of help.
@@ -54,13 +54,13 @@ class CommandParser(TrlParser):
 
     def parse(self, argv: Sequence[str]) -> list[Any]:
         """
-        Parses options, and exits with a message where they cannot be parsed.
+        Parses options. Exits with a message if they cannot be parsed.
 
         Args:
             argv (`Sequence[str]`): the arguments after the command.
 
         Returns:
-            `list`: an instance of every dataclass, and a namespace if there are arguments besides.
+            `list`: an instance of every dataclass, and a namespace if there are other arguments.
         """
         args = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
         if args and args[-1] == "--config":
@@ -73,7 +73,7 @@ class CommandParser(TrlParser):
         return options
 
     def set_defaults_with_config(self, **kwargs) -> list[str]:
-        # a file may use every name of an option, as the command line does
+        # a file may use any name of an option, like the command line
         names = {
             option.lstrip("-"): action.dest
             for action in self._actions

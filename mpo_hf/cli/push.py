@@ -4,26 +4,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..mixture.modeling_mixture import MixturePolicyModel
-from .opening import named_in_errors, open_tokenizer
+from .loading import load_tokenizer_of, named_in_errors
 from .parser import CommandParser
 
 
 @dataclass
 class PushArguments:
-    """Where to, and in which form."""
+    """The repo, and what is uploaded."""
 
-    repo_id: str = field(metadata={"help": "Where to: user/name. Made if it does not exist.", "metavar": "REPO"})
-    private: bool = field(default=False, metadata={"help": "Make the repo a private one."})
+    repo_id: str = field(
+        metadata={"help": "The repo, user/name. It is created if it does not exist.", "metavar": "REPO"}
+    )
+    private: bool = field(default=False, metadata={"help": "Create the repo as private."})
     pin: bool = field(
         default=True,
-        metadata={"help": "Pin the policies to the commits that they are at now."},
+        metadata={"help": "Pin the policies to their current commits."},
     )
-    upload_adapters: bool = field(
-        default=False, metadata={"help": "Upload adapters that live in folders with the mixture."}
-    )
+    upload_adapters: bool = field(default=False, metadata={"help": "Upload adapters in folders with the mixture."})
     with_code: bool = field(
         default=False,
-        metadata={"help": "Upload the code of the mixture too, so that it opens where mpo_hf is not installed."},
+        metadata={"help": "Upload the code of the mixture too, so that it loads where mpo_hf is not installed."},
     )
     revision: str | None = field(default=None, metadata={"help": "Branch to push to."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of a commit."})
@@ -43,7 +43,7 @@ def make_parser() -> CommandParser:
         [PushArguments],
         usage="MIXTURE --repo_id REPO [options]",
         description="Shares a mixture on the Hub: its config, with every policy pinned to a commit, a model card and the "
-        "tokenizer. Policies stay where they are. Log in by `hf auth login`, or set HF_TOKEN.",
+        "tokenizer. Policies are not uploaded. Log in by `hf auth login`, or set HF_TOKEN.",
         sections={
             "mixture": ["mixture"],
             "repository": ["repo_id", "private", "revision", "create_pr", "commit_message"],
@@ -65,13 +65,13 @@ def run(argv: Sequence[str]) -> None:
         private=args.private or None,
         pin_revisions=args.pin,
         upload_adapters=args.upload_adapters,
-        with_code=args.with_code or None,  # a mixture that came with code keeps it
+        with_code=args.with_code or None,  # a mixture that was loaded with code keeps it
         revision=args.revision,
         create_pr=args.create_pr,
         commit_message=args.commit_message,
     )
-    # into the pull request of the first commit, where there is one
+    # into the pull request of the first commit, if there is one
     revision = getattr(commit, "pr_revision", None) or args.revision
-    tokenizer = open_tokenizer(model, namespace.mixture)
+    tokenizer = load_tokenizer_of(model, namespace.mixture)
     tokenizer.push_to_hub(args.repo_id, revision=revision, commit_message="Upload tokenizer")
-    print(f"{args.repo_id} is shared: {commit}")
+    print(f"{args.repo_id} is uploaded: {commit}")

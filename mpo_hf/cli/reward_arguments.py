@@ -1,4 +1,4 @@
-"""Rewards as they are named on the command line and in YAML files."""
+"""Rewards as given on the command line and in YAML files."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ ENSEMBLE_KEYS = ("ensemble", "aggregation", "coefficient", "label")
 
 def parse_reward(given: str | dict[str, Any]) -> str | Callable | RewardModelSpec | RewardEnsemble:
     """
-    What `MPOTrainer` takes as reward function for what a user names.
+    A reward as `MPOTrainer` takes it, for one that is given on the command line or in YAML.
 
     Args:
         given (`str` or `dict`):
@@ -83,8 +83,8 @@ def _import_file(path: str):
         raise OSError(f"There is no file {path!r} to take a reward function from.")
     folder, filename = os.path.split(os.path.abspath(path))
     if folder not in sys.path:
-        sys.path.append(folder)  # it may import what lies beside it
-    # a name that no other module has
+        sys.path.append(folder)  # it may import modules beside it
+    # a name that is unique among modules
     name = f"{filename.removesuffix('.py')}_{zlib.crc32(folder.encode()):x}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)

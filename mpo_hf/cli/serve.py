@@ -1,4 +1,4 @@
-"""`mpo-hf serve`: `transformers serve`, in a process that knows mixtures."""
+"""`mpo-hf serve`: `transformers serve` in a process with the classes of mixtures."""
 
 from collections.abc import Sequence
 
@@ -6,14 +6,15 @@ from collections.abc import Sequence
 HELP = """\
 usage: mpo-hf serve MIXTURE [options]
 
-Answers OpenAI clients with a mixture: `transformers serve`, in a process that knows mixtures, with the same options.
+Serves a mixture to OpenAI clients: `transformers serve`, with the same options, in a process with the classes of
+mixtures.
 Needs `pip install "transformers[serving]"`.
 
-the options that matter:
+the main options:
   MIXTURE                folder or repo id; without it, models are loaded when a request names them
-  --host, --port         where to listen; localhost and 8000 unless given
-  --device, --dtype      where to put the policies, and in which dtype
-  --default-seed         seed of what is sampled
+  --host, --port         address of the server; localhost and 8000 by default
+  --device, --dtype      device and dtype of the policies
+  --default-seed         seed of the sampling
   --help_all             all options of `transformers serve`
 
 examples:
@@ -28,7 +29,7 @@ def run(argv: Sequence[str]) -> None:
         print(HELP, end="")
         return
     if "--continuous-batching" in argv:
-        raise ValueError("A mixture has no continuous batching: leave out `--continuous-batching`.")
+        raise ValueError("Mixtures have no continuous batching: leave out `--continuous-batching`.")
 
     import transformers
     from transformers.cli.transformers import app
@@ -39,6 +40,6 @@ def run(argv: Sequence[str]) -> None:
     argv = ["--help" if argument == "--help_all" else argument for argument in argv]
     if "--help" not in argv and not is_serve_available():
         raise ValueError('`mpo-hf serve` needs a web server: `pip install "transformers[serving]"`.')
-    # the server looks up the class that a config names in the package of Transformers, and nowhere else
+    # the server looks up the class that a config names in the package of Transformers only
     transformers.MixturePolicyModel = MixturePolicyModel
     app(["serve", *argv], prog_name="mpo-hf")

@@ -12,13 +12,14 @@ from transformers.cache_utils import Cache
 
 from ..mixture.compat import activate_adapter
 from ..mixture.component_loading import Policy
-from ..mixture.configuration_mixture import MixtureComponent, check_mixture_weights
+from ..mixture.configuration_mixture import MixtureComponent
+from ..mixture.mixture_weights import check_mixture_weights
 from ..mixture.modeling_mixture import MixturePolicyModel
 from ..mixture.pooling import log_linear_pool
 
 
-HIDDEN = -1  # stands for a token that the attention mask hides
-# layers whose keys and values a cache can hold for every token, so that it can go back
+MASKED = -1  # replaces tokens under the attention mask
+# types of layers whose cache can keep every token, so that it can be cropped
 CROPPABLE_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -28,45 +29,46 @@ class MixtureLogitsProcessor(LogitsProcessor):
     \\(\pi(v|s) \propto \prod_k \pi_k(v|s)^{\lambda_k}\\), during a `generate()` call on any causal language model. The
     tokens are those of a [`MixturePolicyModel`] of the same policies.
 
-    It keeps keys and values of the other policies, and tells from the token ids of each step what becomes of them:
-    they are extended, reordered for beams, cut back when drafted tokens are refused, or computed anew for a new prompt.
-    So one processor may serve many calls, one after another. Drafts save time of the calling model only.
+    The processor keeps keys and values of the other policies, and compares the token ids of each step with those of
+    the last one: the cache is extended, reordered for beams, cropped when drafted tokens are rejected, or recomputed
+    for a new prompt. So one processor can be used for many calls, one after another. Drafts save time of the calling
+    model only.
 
-    `generate()` tells no processor about padding: for left-padded prompts pass `attention_mask` or `pad_token_id`, or
-    every token counts.
+    `generate()` does not pass its attention mask to processors: for left-padded prompts pass `attention_mask` or
+    `pad_token_id`, or padding counts as text.
 
-    Processors that `generate()` makes of its own arguments run before this one, and act on the calling model only.
-    Repetition penalties, sequence biases and length decays so count with its weight: to penalise the mixture, put their
-    processors behind this one in `logits_processor`. What is ruled out by a score of `-inf` (`bad_words_ids`,
-    `min_length`, `suppress_tokens`) stays ruled out, whatever the weights. Temperature, top-k and top-p run later, on
-    the mixture.
+    The processors that `generate()` creates from its own arguments run before this one, and act on the calling model
+    only. Repetition penalties, sequence biases and length decays are thus scaled by its weight: to apply them to the
+    mixture, put their processors after this one in `logits_processor`. Tokens that are excluded by a score of `-inf`
+    (`bad_words_ids`, `min_length`, `suppress_tokens`) stay excluded, whatever the weights. Temperature, top-k and
+    top-p run later, on the mixture.
 
     Args:
         others (`Sequence` of policies, or one policy):
             The policies to mix the calling model with, given as to [`MixturePolicyModel.from_policies`]: a model in
-            memory, a repo id, a folder, an adapter, a dictionary. A mixture is one policy, whatever it is made of.
+            memory, a repo id, a folder, an adapter, a dictionary. A mixture counts as one policy.
         weights (`Sequence[float]` or `torch.Tensor`, *optional*):
             Mixture weights, `1 + len(others)` of them, that of the calling model first; >= 0 with sum 1. Defaults to
             uniform weights.
         attention_mask (`torch.Tensor` of shape `(batch_size, prompt_length)`, *optional*):
             Attention mask of the prompts, as given to `generate()`: 0 for padding, 1 elsewhere. It belongs to the
-            prompts of the next call; before a call with others, assign `processor.attention_mask` anew.
+            prompts of the next call; before a call with others, assign a new `processor.attention_mask`.
         pad_token_id (`int`, *optional*):
-            Takes the leading run of this token in every row for padding, in any number of calls, unless there is an
-            `attention_mask`. Not for prompts that begin with that very token. Name it as well where it fills up rows
-            that have ended, and is not among the common ids.
+            Without `attention_mask`, the leading run of this token in every row is treated as padding, in all calls.
+            Not for prompts that begin with the token itself. Also needed when finished rows are padded with an id that
+            is not among the common ones.
         vocab_size (`int`, *optional*):
-            How many leading token ids all policies have in common, for policies whose output layers differ in size.
-            Ids beyond are never generated.
+            Number of leading token ids that all policies have in common, for policies whose output layers differ in
+            size. Ids beyond it are never generated.
         allow_off_simplex (`bool`, *optional*, defaults to `False`):
-            Accept negative weights and other sums than 1.
+            Whether to accept negative weights and sums other than 1.
         use_cache (`bool`, *optional*, defaults to `True`):
-            Whether to keep keys and values, or to run the other policies over the whole text at each step.
+            Whether to cache keys and values. If not, the other policies run over the whole text at each step.
         kwargs:
             Arguments of every other policy's `from_pretrained`: `dtype`, `device_map`, `token` and so on.
 
     Raises:
-        `ValueError`: for bad weights, before any policy is loaded; for policies, scores, prompts or masks that do not fit.
+        `ValueError`: for bad weights, before any policy is loaded; for mismatched policies, scores, prompts or masks.
         `OSError`: for a policy that cannot be found.
 
     Example:
@@ -92,7 +94,7 @@ class MixtureLogitsProcessor(LogitsProcessor):
     ```
     """
 
-    # its rows come packed, and not in the order of the last step
+    # its rows are packed, and in another order at each step
     supports_continuous_batching = False
 
     def __init__(
@@ -123,7 +125,7 @@ class MixtureLogitsProcessor(LogitsProcessor):
             self.others, self._pool_weights = others[0].eval(), self.mixture_weights
         else:
             own, rest = self.mixture_weights[0], self.mixture_weights[1:]
-            rest, share = (rest, 1.0) if rest.any() else (None, 0.0)  # no mixture has weights of zero only
+            rest, share = (rest, 1.0) if rest.any() else (None, 0.0)  # a mixture of zero weights only does not exist
             self.others = MixturePolicyModel.from_policies(
                 others, rest, vocab_size=vocab_size, allow_off_simplex=True, **kwargs
             )
@@ -148,15 +150,15 @@ class MixtureLogitsProcessor(LogitsProcessor):
                 got = tuple(attention_mask.shape)
                 raise ValueError(f"`attention_mask` must have the shape (batch_size, prompt_length), got {got}.")
         self._attention_mask = attention_mask
-        self._masked_prompts: torch.Tensor | None = None  # those that the mask belongs to, once seen
+        self._masked_prompts: torch.Tensor | None = None  # the prompts of the mask, from the first call on
 
     def reset(self) -> None:
         """
-        Forgets keys and values of earlier calls, and frees their memory. Needed only after the weights of the other
-        policies have changed. An attention mask stays with the prompts that it belongs to.
+        Discards keys and values of earlier calls, and frees their memory. Needed only after the parameters of the
+        other policies have changed. The attention mask is kept.
         """
         self._cache: Cache | None = None
-        self._seen: torch.Tensor | None = None  # the tokens in the cache, padding hidden
+        self._seen: torch.Tensor | None = None  # the tokens in the cache, with padding masked
         self._prompt_length = 0
 
     @torch.no_grad()
@@ -168,9 +170,9 @@ class MixtureLogitsProcessor(LogitsProcessor):
         if self._pool_weights[1] != 0:
             terms.append(self._pooled_others(input_ids)[..., : self.vocab_size])
         pooled = log_linear_pool(terms, self._pool_weights)
-        # a weight <= 0 would lift the ban
+        # a weight <= 0 would let excluded tokens back in
         pooled = pooled.masked_fill(torch.isneginf(own), -torch.inf)
-        logps = torch.log_softmax(pooled, dim=-1)  # beam search adds up scores as they come
+        logps = torch.log_softmax(pooled, dim=-1)  # beam search sums scores without normalizing them
         return nn.functional.pad(logps, (0, scores.shape[-1] - self.vocab_size), value=-torch.inf)
 
     def _check_vocabulary(self, scores: torch.Tensor) -> None:
@@ -182,12 +184,12 @@ class MixtureLogitsProcessor(LogitsProcessor):
             )
 
     def _pooled_others(self, input_ids: torch.LongTensor) -> torch.Tensor:
-        tokens = self._hide_padding(input_ids.to(self.others.device))
+        tokens = self._mask_padding(input_ids.to(self.others.device))
         cache, kept = self._take_cache(tokens) if self.use_cache else (None, 0)
         with _adapters_left_alone(self.others.backbones):
             output = self.others(
                 self._known_ids(tokens[:, kept:]),
-                attention_mask=(tokens != HIDDEN).long(),
+                attention_mask=(tokens != MASKED).long(),
                 cache=cache,
                 use_cache=self.use_cache,
                 logits_to_keep=1,
@@ -199,7 +201,7 @@ class MixtureLogitsProcessor(LogitsProcessor):
         return output.logits[:, -1]
 
     def _known_ids(self, tokens: torch.LongTensor) -> torch.LongTensor:
-        """The tokens without ids that the other policies have no embedding for, which only padding may have."""
+        """Replaces ids that the other policies have no embedding for, which are allowed as padding only."""
         foreign = tokens >= self.vocab_size
         ended = _leading_run(tokens.flip(-1), self.pad_token_id).flip(-1)
         if (unknown := tokens[foreign & ~ended]).numel():
@@ -209,21 +211,21 @@ class MixtureLogitsProcessor(LogitsProcessor):
             )
         return tokens.masked_fill(foreign, 0).clamp(min=0)
 
-    def _hide_padding(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """The token ids, with `HIDDEN` in place of padding: what tells two texts, and so their caches, apart."""
+    def _mask_padding(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """The token ids with `MASKED` in place of padding, by which texts are matched with the rows of the cache."""
         if not input_ids.shape[1]:
             raise ValueError("The other policies need `input_ids`: they cannot be shown a prompt of `inputs_embeds`.")
         if self._attention_mask is not None:
-            return input_ids.masked_fill(self._masked_by_caller(input_ids), HIDDEN)
+            return input_ids.masked_fill(self._masked_by_caller(input_ids), MASKED)
         padding = _leading_run(input_ids, self.pad_token_id)
         if padding.all(-1).any():
             raise ValueError(
                 f"A row holds nothing but the padding token {self.pad_token_id}. Is it the prompt? Pass `attention_mask`."
             )
-        return input_ids.masked_fill(padding, HIDDEN)
+        return input_ids.masked_fill(padding, MASKED)
 
     def _masked_by_caller(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
-        """Which tokens the attention mask hides, its rows repeated for beams and several sequences a prompt."""
+        """The tokens under the attention mask, whose rows are repeated for beams and several sequences per prompt."""
         mask = self._attention_mask.to(input_ids.device)
         (rows, length), (batch_size, total) = mask.shape, input_ids.shape
         repeats = batch_size // rows if rows else 0
@@ -240,15 +242,15 @@ class MixtureLogitsProcessor(LogitsProcessor):
         return nn.functional.pad((mask == 0).repeat_interleave(repeats, 0), (0, total - length), value=False)
 
     def _take_cache(self, tokens: torch.LongTensor) -> tuple[Cache, int]:
-        """A cache for the rows of `tokens`, and how many of them it holds; at least one is left to feed."""
+        """A cache for the rows of `tokens`, and the number of tokens that it holds, at most all but the last."""
         cache, seen, prompt_length = self._cache, self._seen, self._prompt_length
-        self.reset()  # should the next forward pass be interrupted, what it leaves in the cache is not trusted
+        self.reset()  # if the next forward pass is interrupted, its cache is not used again
         if cache is None:
             return self._new_cache(), 0
         rows, kept = _match_rows(tokens, seen)
         surplus = seen.shape[1] - kept
         step_by_step = not surplus and tokens.shape[1] - kept == 1
-        # a new prompt may begin like the last, but every `generate()` on it shall do the same arithmetic
+        # a new prompt that begins like the last one starts with an empty cache, for the same rounding in every call
         if kept < prompt_length or not (self._croppable or step_by_step):
             return self._new_cache(), 0
         if surplus:
@@ -259,7 +261,7 @@ class MixtureLogitsProcessor(LogitsProcessor):
         return cache, kept
 
     def _new_cache(self) -> Cache:
-        # made from a config, it would keep no more than the window of sliding layers, which cannot be cropped
+        # with a config, sliding layers would keep their window only, and could not be cropped
         return DynamicCache() if self._croppable else DynamicCache(config=self.others.config)
 
 
@@ -271,8 +273,8 @@ def _leading_run(tokens: torch.LongTensor, token_id: int | None) -> torch.BoolTe
 
 def _match_rows(tokens: torch.LongTensor, seen: torch.LongTensor) -> tuple[torch.LongTensor | None, int]:
     """
-    For each row of `tokens` the row of `seen` that it has the longest prefix in common with (`None`: its own), and how
-    long a prefix all rows have in common with theirs, the last token aside.
+    For each row of `tokens`, the row of `seen` with the longest common prefix (`None`: the row of the same index), and
+    the length of the prefix that all rows have in common with theirs, without the last token.
     """
     length = min(tokens.shape[1] - 1, seen.shape[1])
     if len(tokens) == len(seen) and torch.equal(tokens[:, :length], seen[:, :length]):
@@ -284,10 +286,10 @@ def _match_rows(tokens: torch.LongTensor, seen: torch.LongTensor) -> tuple[torch
 
 @contextmanager
 def _adapters_left_alone(backbones: Sequence[nn.Module]) -> Iterator[None]:
-    """Puts adapters back as they were: the calling model may be another adapter of one of these models."""
+    """Restores the active adapters afterwards: the calling model may be another adapter of one of these models."""
     adapted = [b for b in backbones if hasattr(b, "get_base_model")]
     active = [b.active_adapter for b in adapted]
-    # a property of PEFT's layers, a method of models
+    # an attribute of PEFT's layers, but a method of its models
     disabled = [any(getattr(m, "disable_adapters", None) is True for m in b.modules()) for b in adapted]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Robust Preference Selection: completions at neighbouring mixture weights, of which the rewards choose the best."""
+"""Robust Preference Selection: the best, by rewards, of completions that are drawn at neighboring mixture weights."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..mixture.configuration_mixture import check_mixture_weights
+from ..mixture.mixture_weights import check_mixture_weights
 from ..mixture.modeling_mixture import MixturePolicyModel
 from ..rewards import make_reward_functions
 from ..rollouts import completion_texts, eos_token_ids, sample_completions, tokenize_prompts
@@ -22,9 +22,9 @@ class SelectedCompletions:
     Args:
         completions (`list`): the chosen completion of every prompt, in the format of the prompts.
         candidates (`list[list]`): all completions of every prompt.
-        candidate_weights (`torch.Tensor` of shape `(P, k, K)`): the mixture weights that each was drawn at.
+        candidate_weights (`torch.Tensor` of shape `(P, k, K)`): the mixture weights of each candidate.
         rewards (`torch.Tensor` of shape `(P, k, K)`): their rewards.
-        chosen (`torch.Tensor` of shape `(P,)`): which of its candidates each prompt got.
+        chosen (`torch.Tensor` of shape `(P,)`): index of the chosen candidate of every prompt.
     """
 
     completions: list[str] | list[list[dict[str, str]]]
@@ -38,21 +38,22 @@ def neighboring_weights(
     target_weights: Sequence[float] | torch.Tensor, num_neighbors: int, max_angle: float = 30.0
 ) -> torch.Tensor:
     """
-    Draws mixture weights whose direction is within an angle of that of the target.
+    Draws mixture weights whose direction is within an angle of the target's.
 
-    Directions are uniform over the part of the sphere within `max_angle` of the target where no weight is negative, and
-    are then scaled to sum to 1.
+    Directions are uniform over the part of the sphere that is within `max_angle` of the target and has no negative
+    weights. They are then scaled to sum to 1.
 
     Args:
         target_weights (`Sequence[float]` or `torch.Tensor` of shape `(K,)`): mixture weights, on the simplex.
-        num_neighbors (`int`): how many to draw.
+        num_neighbors (`int`): number of weights to draw.
         max_angle (`float`, *optional*, defaults to 30.0): largest angle to the target, in degrees.
 
     Returns:
         `torch.Tensor` of shape `(num_neighbors, K)`, float64, on the simplex.
 
     Raises:
-        `ValueError`: for weights off the simplex or fewer than two, no neighbours, and angles not above 0 or beyond 90.
+        `ValueError`: for weights off the simplex or fewer than two, for no neighbors, and for angles of 0 or less
+            or above 90.
 
     Example:
 
@@ -83,7 +84,7 @@ def neighboring_weights(
 
 def _draw_around(axis: torch.Tensor, radius: float, count: int) -> torch.Tensor:
     """At most `count` directions, uniform over the part of the sphere within `radius` of `axis`."""
-    # The angle has density sin(angle)^(K - 2): angle^(K - 2) is drawn, and thinned by (sin(angle)/angle)^(K - 2).
+    # Rejection sampling: the angle has density sin(angle)^(K - 2), the proposal angle^(K - 2).
     angles = radius * torch.rand(count, 1, dtype=torch.float64) ** (1 / (len(axis) - 1))
     kept = torch.rand_like(angles) < torch.sinc(angles / math.pi) ** (len(axis) - 2)
     sideways = torch.randn(count, len(axis), dtype=torch.float64)
@@ -106,11 +107,11 @@ def select_completions(
 ) -> SelectedCompletions:
     r"""
     [Robust Preference Selection](https://huggingface.co/papers/2510.20498) (Mao et al., 2025): draws a completion at each
-    of k mixture weights around the target's, and returns the one whose rewards are best along the target,
+    of k mixture weights around the target, and returns the one with the highest weighted reward,
     \\(\arg\max_j \sum_k \lambda_k r_k(y_j)\\).
 
-    The neighbours are drawn by [`neighboring_weights`], for every prompt anew. The paper has two objectives; its authors'
-    code takes the k directions next to the target from a grid of 5 degrees.
+    The neighbors are drawn by [`neighboring_weights`], for each prompt separately. The paper has two objectives; its
+    authors' code takes the k directions next to the target from a grid of 5 degrees.
 
     Args:
         model ([`MixturePolicyModel`]): the mixture, of K policies.
@@ -118,7 +119,7 @@ def select_completions(
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): the tokenizer.
         reward_funcs: K reward functions in the order of the policies, as [`MPOTrainer`] takes them.
         target_weights (`Sequence[float]`, *optional*): weights of the objectives. Defaults to the model's own.
-        num_neighbors (`int`, *optional*, defaults to 5): candidates a prompt, k.
+        num_neighbors (`int`, *optional*, defaults to 5): candidates per prompt, k.
         max_angle (`float`, *optional*, defaults to 30.0): largest angle to the target, in degrees.
         max_completion_length (`int`, *optional*, defaults to 256): longest completion, in tokens.
         temperature (`float`, *optional*, defaults to 1.0): sampling temperature.
@@ -128,7 +129,7 @@ def select_completions(
         [`SelectedCompletions`]
 
     Raises:
-        `ValueError`: when there are not as many reward functions as policies, and see [`neighboring_weights`].
+        `ValueError`: when there are not as many reward functions as policies, and as [`neighboring_weights`].
     """
     target = check_mixture_weights(
         model.mixture_weights if target_weights is None else target_weights, len(model.policies)

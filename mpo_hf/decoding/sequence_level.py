@@ -2,13 +2,13 @@ r"""
 Decoding from the sequence-level mixture \\(\prod_k \pi_k(y)^{\lambda_k}\\), as `custom_generate` of `generate()`.
 
 Sampling token by token draws from \\(\pi_{tok}(y) = \prod_t \pi(y_t|s_t)\\) with \\(\pi(v|s) \propto \prod_k
-\pi_k(v|s)^{\lambda_k}\\). Renormalising at every step loses the factors \\(Z_t = \sum_v \prod_k
+\pi_k(v|s)^{\lambda_k}\\). Renormalizing at every step loses the factors \\(Z_t = \sum_v \prod_k
 \pi_k(v|s_t)^{\lambda_k}\\):
 
 $$ \prod_k \pi_k(y)^{\lambda_k} = \pi_{tok}(y) \prod_t Z_t $$
 
-so a step's log Z, the logsumexp of the mixture's logits, is the exact log-weight of a particle filter whose proposal is
-the mixture itself.
+so the log Z of a step, the logsumexp of the mixture's logits, is the exact incremental log-weight of a particle filter
+with the mixture as its proposal.
 """
 
 import math
@@ -35,8 +35,8 @@ from ..mixture.configuration_mixture import MixturePolicyConfig
 from ..mixture.modeling_mixture import MixturePolicyModel
 
 
-# With these the logsumexp of the scores is still the weight of a target that has a name: temperature T divides λ, and
-# what only rules tokens out conditions the mixture on completions that keep to the rule.
+# With these processors, the logsumexp of the scores is the weight of a well-defined target: temperature T divides λ,
+# and processors that only exclude tokens condition the mixture on completions without them.
 PROCESSORS = (
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
@@ -59,7 +59,7 @@ class SequentialMonteCarloOutput(GenerateDecoderOnlyOutput):
         particles (`torch.LongTensor` of shape `(P, N, sequence_length)`): all particles.
         log_weights (`torch.Tensor` of shape `(P, N)`):
             Their log-weights in float64, on the CPU. Without resampling that is \\(\log W(y)\\), the ratio of the
-            sequence-level mixture, unnormalised, to the proposal.
+            unnormalized sequence-level mixture to the proposal.
         log_normalizer (`torch.Tensor` of shape `(P,)`):
             Log of the estimate of \\(\sum_y \prod_k \pi_k(y)^{\lambda_k}\\), which is unbiased before the logarithm.
         effective_sample_size (`torch.Tensor` of shape `(P,)`): that of the final weights, between 1 and N.
@@ -86,34 +86,35 @@ def sequential_monte_carlo(
     Draws from the sequence-level mixture \\(\prod_k \pi_k(y)^{\lambda_k}\\) with a particle filter: pass it to `generate()`
     of a [`MixturePolicyModel`] as `custom_generate`, and the arguments below beside it.
 
-    N particles a prompt are drawn from the token-level mixture and carry \\(\prod_t Z_t\\) as their weight. Before a token
-    is drawn they are resampled, if few of them count any more; particles that have ended stay as they are and keep their
-    weight. `num_return_sequences` completions are then drawn from the weighted particles, with replacement. The law of
-    a completion tends to the sequence-level mixture as N grows, and with one particle it is the token-level mixture.
+    N particles a prompt are drawn from the token-level mixture and carry \\(\prod_t Z_t\\) as their weight. Before a
+    token is drawn they are resampled if their effective sample size is low. Finished particles keep their weight.
+    `num_return_sequences` completions are then drawn from the weighted particles, with replacement. The law of a
+    completion tends to the sequence-level mixture as N grows, and with one particle it is the token-level mixture.
 
     `temperature` changes the target, to \\(\prod_k \pi_k(y)^{\lambda_k/T}\\). `bad_words_ids`, `min_new_tokens`,
-    `no_repeat_ngram_size`, `suppress_tokens` and their like condition the mixture on completions that keep to them.
-    Whatever else would change the scores is refused.
+    `no_repeat_ngram_size`, `suppress_tokens` and their like condition the mixture on completions that satisfy them.
+    Any other processor is refused.
 
     Args:
-        model ([`MixturePolicyModel`]): from `generate()`, like the next four.
+        model ([`MixturePolicyModel`]): passed by `generate()`, like the next four.
         input_ids (`torch.LongTensor`): prompts, each `num_return_sequences` times.
         logits_processor (`LogitsProcessorList`): processors of the scores.
-        stopping_criteria (`StoppingCriteriaList`): when a completion has ended.
+        stopping_criteria (`StoppingCriteriaList`): when a completion is finished.
         generation_config (`GenerationConfig`): with `do_sample=True` and `top_k=0`.
-        num_particles (`int`, *optional*, defaults to 16): particles a prompt, N.
+        num_particles (`int`, *optional*, defaults to 16): particles per prompt, N.
         ess_threshold (`float`, *optional*, defaults to 0.5):
             Particles are resampled when their effective sample size is below this fraction of N: 1 resamples at every
             step, 0 never, which is importance resampling of whole completions.
         proposal_temperature (`float`, *optional*, defaults to 1.0):
-            Draws tokens at another temperature than the target's; the weights make up for it.
+            Temperature at which tokens are drawn, if not that of the target. The weights correct for it.
         model_kwargs: inputs of the model, such as `attention_mask` and `mixture_weights`.
 
     Returns:
         [`SequentialMonteCarloOutput`] with `return_dict_in_generate=True`, else its `sequences`.
 
     Raises:
-        `ValueError`: for arguments out of range, a model that is no mixture, and what would change the distribution.
+        `ValueError`: for arguments out of range, a model that is not a mixture, and processors that would change the
+            distribution.
 
     Example:
 
@@ -156,9 +157,9 @@ def sequential_monte_carlo(
         scores = logits_processor(input_ids, logits.to(input_ids.device, torch.float32, copy=True))
         log_z = scores.logsumexp(-1)
         log_weights += torch.where(running, log_z, 0.0).cpu().double().view(shape)
-        running &= log_z > -torch.inf  # a particle that no token can follow is dead
+        running &= log_z > -torch.inf  # a particle without a possible next token is dead
 
-        # before the next token, so that copies of a particle may go different ways
+        # before the next token, so that copies of a particle can diverge
         rows = _resample(log_weights, ess_threshold, running.view(shape).any(-1).cpu())
         if rows is not None:
             rows = rows.to(input_ids.device)
@@ -202,15 +203,15 @@ def sequence_level_beam_search(
     Beam search for the most likely completions under the sequence-level mixture: pass it to `generate()` of a
     [`MixturePolicyModel`] as `custom_generate`.
 
-    Transformers' own beam search, with the scores that the mixture gives, \\(\sum_k \lambda_k \log \pi_k(y)\\): on its own
-    it renormalises every step, and looks for the most likely completion of the token-level mixture. With
-    `length_penalty=0` beams are compared by that sum; the default of 1 divides it by the length, as ever.
+    This is Transformers' beam search with the scores of the mixture, \\(\sum_k \lambda_k \log \pi_k(y)\\). By itself,
+    it renormalizes at every step, and searches for the most likely completion of the token-level mixture. With
+    `length_penalty=0` beams are compared by that sum; the default of 1 divides it by the length, as usual.
 
     Args:
-        model ([`MixturePolicyModel`]): from `generate()`, like the rest.
+        model ([`MixturePolicyModel`]): passed by `generate()`, like the others.
         input_ids (`torch.LongTensor`): prompts, each `num_beams` times.
         logits_processor (`LogitsProcessorList`): processors of the scores.
-        stopping_criteria (`StoppingCriteriaList`): when a completion has ended.
+        stopping_criteria (`StoppingCriteriaList`): when a completion is finished.
         generation_config (`GenerationConfig`): with `num_beams` of 2 or more.
         model_kwargs: inputs of the model, such as `attention_mask` and `mixture_weights`.
 
@@ -219,7 +220,7 @@ def sequence_level_beam_search(
         of the sequence-level mixture.
 
     Raises:
-        `ValueError`: for a model that is no mixture, or without `num_beams`.
+        `ValueError`: for a model that is not a mixture, or without `num_beams`.
     """
     _check_is_mixture(model)
     beams = generation_config.num_beams
@@ -239,7 +240,7 @@ def sequence_level_beam_search(
 
 
 class _UndoNormalization(LogitsProcessor):
-    """Gives beam search back the log Z that its log_softmax takes out of the mixture's logits."""
+    """Adds the log Z that the log_softmax of beam search removes from the mixture's logits."""
 
     log_z: torch.Tensor
 
@@ -251,7 +252,7 @@ class _UndoNormalization(LogitsProcessor):
 
 
 def _check_is_mixture(model: MixturePolicyModel) -> None:
-    # by its type's name, for the class may come from code in a Hub repo
+    # by its model type, as the class may come from the code of a Hub repo
     if model.config.model_type != MixturePolicyConfig.model_type:
         raise ValueError(
             f"Sequence-level decoding needs the pooled log-probabilities that a MixturePolicyModel has as logits; "
@@ -289,7 +290,7 @@ def _check_processors(processors: LogitsProcessorList) -> None:
         if type(processor) not in PROCESSORS:
             raise ValueError(
                 f"{type(processor).__name__} would change the distribution that `sequential_monte_carlo` draws from. "
-                "Leave out the argument behind it (sampling has top_k=50 by default: pass `top_k=0`). Possible are: "
+                "Leave out the argument that creates it (sampling has top_k=50 by default: pass `top_k=0`). Supported are: "
                 f"{', '.join(allowed.__name__ for allowed in PROCESSORS)}."
             )
 
@@ -297,7 +298,7 @@ def _check_processors(processors: LogitsProcessorList) -> None:
 def _one_row_a_prompt(
     input_ids: torch.LongTensor, model_kwargs: dict, copies: int
 ) -> tuple[torch.LongTensor, dict[str, object]]:
-    """Takes back that `generate()` has repeated every row for `num_return_sequences`: a prompt is read once."""
+    """Undoes the repetition of rows for `num_return_sequences`, so that each prompt is read once."""
 
     def first_copies(name: str, value: object) -> object:
         shared = name == "mixture_weights" and getattr(value, "ndim", 1) == 1  # (K,) is not a batch of K rows
@@ -313,7 +314,9 @@ def _read_prompts(
     model_kwargs: dict[str, object],
     num_particles: int,
 ) -> tuple[torch.LongTensor, torch.Tensor, dict[str, object]]:
-    """Runs the model on every prompt once, and makes it `num_particles` rows: ids, next-token logits, model inputs."""
+    """
+    Runs the model once on every prompt. Ids, next-token logits and model inputs are repeated for `num_particles` rows.
+    """
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
     rows = torch.arange(len(input_ids), device=input_ids.device).repeat_interleave(num_particles)
@@ -338,15 +341,15 @@ def _reorder_cache(model_kwargs: dict[str, object], rows: torch.LongTensor) -> N
 
 def _resample(log_weights: torch.Tensor, threshold: float, running: torch.Tensor) -> torch.LongTensor | None:
     """
-    Resamples the particles of prompts whose effective sample size is too low, systematically.
+    Systematic resampling of the particles of prompts whose effective sample size is too low.
 
     Args:
         log_weights (`torch.Tensor` of shape `(P, N)`): changed in place, to the log of their mean.
-        threshold (`float`): smallest effective sample size to go on with, as a fraction of N.
-        running (`torch.Tensor` of shape `(P,)`): whether a prompt has particles that go on.
+        threshold (`float`): smallest effective sample size without resampling, as a fraction of N.
+        running (`torch.Tensor` of shape `(P,)`): whether a prompt has unfinished particles.
 
     Returns:
-        `torch.LongTensor` of shape `(P * N,)`: the row that every row continues, or `None` if all stay.
+        `torch.LongTensor` of shape `(P * N,)`: for every row, the row that it continues; `None` without resampling.
     """
     num_prompts, num_particles = log_weights.shape
     low = running & (effective_sample_size(log_weights) < threshold * num_particles)
@@ -362,7 +365,9 @@ def _resample(log_weights: torch.Tensor, threshold: float, running: torch.Tensor
 
 
 def _draw(scores: torch.Tensor, proposal_temperature: float) -> tuple[torch.LongTensor, torch.Tensor]:
-    """A token for every row, and the log-ratio of its probability by `scores` to the one that it was drawn with."""
+    """
+    Draws a token for every row. Also returns the log-ratio of its probability under `scores` to that of the draw.
+    """
     if proposal_temperature == 1:
         tokens = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
         return tokens, torch.zeros_like(tokens, dtype=scores.dtype)
@@ -377,6 +382,6 @@ def _final_weights(log_weights: torch.Tensor) -> torch.Tensor:
     if (dead := weights.isnan().any(-1)).any():
         raise ValueError(
             f"No completion is left for prompt {dead.nonzero()[0].item()}: no token may follow any of its particles. "
-            "Loosen what rules tokens out."
+            "Relax the constraints on tokens."
         )
     return weights

@@ -1,10 +1,12 @@
-"""Mixture weights from tables of numbers: the dual objective, what mixtures achieve, certificates. Tensors only, no models."""
+"""Mixture weights from tables of numbers: the dual and the primal objective, certificates. Tensors only, no models."""
 
-from .dual import Certificate, DualTable, balance_heuristic, certify, implicit_table, minimize_dual, reward_table
+from .certificate import Certificate, certify, certify_primal
+from .dual import minimize_dual
 from .objectives import dual_objective, effective_sample_size, implicit_dual_objective, on_policy_objective
-from .optim import MirrorDescent, TableFit
-from .primal import MixtureTable, achieved_welfare, certify_achieved, maximize_achieved
+from .optim import ExactMinimizer, MirrorDescent
+from .primal import maximize_primal, primal_objective
 from .reward_scales import RewardScale, reference_moments, win_rates
+from .tables import DualTable, MixtureTable, balance_heuristic, implicit_table, reward_table
 from .welfare import AlphaFair, Constrained, CVaR, MaxMin, WeightedSum, Welfare, project_to_simplex
 
 
@@ -14,24 +16,24 @@ __all__ = [
     "Certificate",
     "Constrained",
     "DualTable",
+    "ExactMinimizer",
     "MaxMin",
     "MirrorDescent",
     "MixtureTable",
     "RewardScale",
-    "TableFit",
     "WeightedSum",
     "Welfare",
-    "achieved_welfare",
     "balance_heuristic",
     "certify",
-    "certify_achieved",
+    "certify_primal",
     "dual_objective",
     "effective_sample_size",
     "implicit_dual_objective",
     "implicit_table",
-    "maximize_achieved",
+    "maximize_primal",
     "minimize_dual",
     "on_policy_objective",
+    "primal_objective",
     "project_to_simplex",
     "reference_moments",
     "reward_table",

@@ -1,14 +1,16 @@
 r"""
-The dual objective of MPO, estimated from completions of a proposal.
+The dual objective of MPO, estimated from completions of one proposal, m for each prompt.
 
-Notation, as in [Mixing Preference Optimization](https://huggingface.co/papers/2502.18699): P prompts with m completions
-each, K objectives, mixture weights λ on the simplex, and advantages \\(a_{jk} = P(r_k)(x, y_j)/\beta\\), so that
+Notation, as in [Mixing Preference Optimization](https://huggingface.co/papers/2502.18699): P prompts with m
+completions each, K objectives, mixture weights λ on the simplex, and advantages \\(a_{jk} = P(r_k)(x, y_j)/\beta\\),
+so that
 
 $$ F(\lambda) = E_x \log E_{y \sim \pi_{ref}} \exp\Big(\sum_k \lambda_k a_k(x, y)\Big), \qquad
    \frac{\partial F}{\partial \lambda_k} = E_x E_{y \sim \pi_\lambda} [a_k(x, y)] $$
 
-where \\(\pi_\lambda \propto \prod_k \pi_k^{\lambda_k}\\). With implicit rewards, \\(a_k = \log \pi_k - \log \pi_{ref}\\),
-the reference cancels: \\(F(\lambda) = E_x \log \sum_y \prod_k \pi_k(y|x)^{\lambda_k}\\).
+where \\(\pi_\lambda \propto \prod_k \pi_k^{\lambda_k}\\). With implicit rewards,
+\\(a_k = \log \pi_k - \log \pi_{ref}\\), the reference cancels:
+\\(F(\lambda) = E_x \log \sum_y \prod_k \pi_k(y|x)^{\lambda_k}\\).
 """
 
 import math
@@ -39,13 +41,13 @@ def dual_objective(
     $$ \hat F(\lambda) = \frac1P \sum_x \log \sum_j \frac{\rho_j}{\sum_i \rho_i} \exp\Big(\sum_k \lambda_k a_{jk}\Big),
        \qquad \rho_j = \frac{\pi_{ref}(y_j)}{q(y_j)} $$
 
-    Its gradient is the self-normalised estimate of Algorithm 2 in the paper. The bias falls as 1/m.
+    Its gradient is the self-normalized estimate of Algorithm 2 in the paper. The bias falls as 1/m.
 
     Args:
         weights (`torch.Tensor`): mixture weights λ, shape `(K,)`.
         advantages (`torch.Tensor`): \\(a_{jk}\\), shape `(P, m, K)`.
         log_ratio (`torch.Tensor`, *optional*):
-            \\(\log \rho_j\\), shape `(P, m)`, where the completions were not drawn from the reference itself.
+            \\(\log \rho_j\\), shape `(P, m)`. Defaults to 0: completions drawn from the reference.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: F̂, a scalar, and the log importance weights of the completions, up to a
@@ -61,9 +63,10 @@ def implicit_dual_objective(
     weights: torch.Tensor, policy_logps: torch.Tensor, proposal_logps: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    The dual objective with implicit rewards, \\(F(\lambda) = E_x \log E_{y \sim q} \prod_k \pi_k(y)^{\lambda_k} / q(y)\\),
-    differentiable in `weights`. The reference policy does not occur in it. When q is the token-level mixture at the
-    same λ, the importance weight is \\(W(y) = \prod_t Z_t\\), which is far flatter than any ratio to the reference.
+    The dual objective with implicit rewards,
+    \\(F(\lambda) = E_x \log E_{y \sim q} \prod_k \pi_k(y)^{\lambda_k} / q(y)\\), differentiable in `weights`. It does
+    not depend on the reference policy. When q is the token-level mixture at the same λ, the importance weight is
+    \\(W(y) = \prod_t Z_t\\), which varies far less than any ratio to the reference.
 
     Args:
         weights (`torch.Tensor`): mixture weights λ, shape `(K,)`.
@@ -85,15 +88,17 @@ def on_policy_objective(
     reference_logps: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    The dual objective from completions of the mixture itself, with rewards that were measured on them.
+    The dual objective from completions of the mixture itself, and their rewards.
 
-    The gradient is the paper's, \\(E_{y \sim \pi_\lambda}[a_k]\\), with π_λ the sequence-level mixture of the policies at
-    hand (completions reweighted by \\(\prod_k \pi_k(y)^{\lambda_k} / q(y)\\)). The value is the Lagrangian at that policy,
+    The gradient is the paper's, \\(E_{y \sim \pi_\lambda}[a_k]\\), with π_λ the sequence-level mixture of the given
+    policies (completions reweighted by \\(\prod_k \pi_k(y)^{\lambda_k} / q(y)\\)). The value is the Lagrangian at
+    that policy,
 
     $$ E_{y \sim \pi_\lambda} \sum_k \lambda_k a_k(x, y) - \mathrm{KL}(\pi_\lambda \| \pi_{ref}) \le F(\lambda) $$
 
-    with equality when every policy is optimal for its reward. Where real policies are not, this follows what the
-    mixture does rather than what the theorem promises: the gradient vanishes where the objectives are level.
+    with equality when every policy is optimal for its reward. For policies that are not, the gradient is that of the
+    actual mixture, not of the optimal policy of the theorem: it vanishes where all objectives have equal expected
+    advantages.
 
     Args:
         weights (`torch.Tensor`): mixture weights λ, shape `(K,)`.
@@ -103,7 +108,7 @@ def on_policy_objective(
         reference_logps (`torch.Tensor`): \\(\log \pi_{ref}(y_j)\\), shape `(P, m)`.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the value, a scalar whose gradient in `weights` is as above, and the log
+        `tuple[torch.Tensor, torch.Tensor]`: the value, a scalar with the above gradient in `weights`, and the log
         importance weights, shape `(P, m)`.
     """
     with torch.no_grad():

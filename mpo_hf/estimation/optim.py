@@ -1,9 +1,13 @@
-"""Optimizers of mixture weights: entropic mirror descent on the simplex, and whatever is best on all completions so far."""
+"""Optimizers of mixture weights: entropic mirror descent on the simplex, and an exact minimizer."""
 
 from collections.abc import Callable, Iterable
 
 import torch
 from torch.optim import Optimizer
+
+
+# Largest deviation of a sum of weights from 1: what remains of weights that were rounded to four digits.
+SUM_TOLERANCE = 1e-4
 
 
 def entropic_mirror_step(log_weights: torch.Tensor, grad: torch.Tensor, lr: float) -> torch.Tensor:
@@ -20,19 +24,20 @@ def entropic_mirror_step(log_weights: torch.Tensor, grad: torch.Tensor, lr: floa
         lr (`float`): step size η.
 
     Returns:
-        `torch.Tensor`: log of the next point, normalised, shape `(K,)`.
+        `torch.Tensor`: log of the next point, normalized, shape `(K,)`.
     """
     return torch.log_softmax(log_weights - lr * grad, dim=-1)
 
 
 class MirrorDescent(Optimizer):
     r"""
-    Entropic mirror descent for parameters that live on the probability simplex: the update rule of Algorithm 2 in
+    Entropic mirror descent for parameters on the probability simplex: the update rule of Algorithm 2 in
     [Mixing Preference Optimization](https://huggingface.co/papers/2502.18699).
 
-    Each parameter is one point of a simplex. The state of a parameter holds its logarithm (so that a weight which
-    underflows can come back), the number of steps and the average of all iterates; with [`~MirrorDescent.load_state_dict`]
-    the parameter itself is restored too, so a checkpoint of the optimizer is a checkpoint of the whole fit.
+    Each parameter is one point of a simplex. The state of a parameter holds its logarithm (so that a weight that has
+    underflowed can grow again), the number of steps and the average of all iterates.
+    [`~MirrorDescent.load_state_dict`] restores the parameter itself as well, so a checkpoint of the optimizer is a
+    checkpoint of the whole fit.
 
     Args:
         params (`Iterable[torch.nn.Parameter]`):
@@ -41,7 +46,7 @@ class MirrorDescent(Optimizer):
             Step size η.
 
     Raises:
-        `ValueError`: for a negative step size, or a parameter that is not inside the simplex.
+        `ValueError`: the step size is negative, or a parameter is not inside the simplex.
 
     Example:
 
@@ -68,7 +73,7 @@ class MirrorDescent(Optimizer):
                 _check_interior_point(param)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:  # type: ignore[override]
         """
         Takes one step for every parameter that has a gradient.
 
@@ -86,10 +91,12 @@ class MirrorDescent(Optimizer):
         return loss
 
     def _step_param(self, param: torch.nn.Parameter, lr: float) -> None:
-        if not torch.isfinite(param.grad).all():
+        grad = param.grad
+        assert grad is not None  # `step` leaves out parameters without a gradient
+        if not torch.isfinite(grad).all():
             raise FloatingPointError(
-                f"The gradient of the mixture weights is {param.grad.tolist()}: a step would destroy them. "
-                "They are unchanged; look for log-probabilities or rewards that are not finite."
+                f"The gradient of the mixture weights is not finite: {grad.tolist()}. The weights are unchanged. "
+                "Check the log-probabilities and rewards for values that are not finite."
             )
         state = self.state[param]
         if not state:
@@ -98,7 +105,7 @@ class MirrorDescent(Optimizer):
             state["log_weights"] = param.log()
             state["average"] = torch.zeros_like(param)
         state["step"] += 1
-        state["log_weights"] = entropic_mirror_step(state["log_weights"], param.grad, lr)
+        state["log_weights"] = entropic_mirror_step(state["log_weights"], grad, lr)
         param.copy_(state["log_weights"].exp())
         state["average"] += (param - state["average"]) / state["step"].item()
 
@@ -125,23 +132,23 @@ def _check_interior_point(param: torch.Tensor) -> None:
     if (
         values.ndim != 1
         or not (values > 0).all()
-        or not torch.isclose(values.sum(), values.new_tensor(1.0), atol=1e-4)
+        or not torch.isclose(values.sum(), values.new_tensor(1.0), atol=SUM_TOLERANCE)
     ):
         raise ValueError(
-            "MirrorDescent optimises points inside the simplex: 1D, every entry positive, sum 1. "
-            f"Got shape {tuple(values.shape)} with values {values.tolist()}. A zero weight would stay zero for ever; "
+            "MirrorDescent optimizes points inside the simplex: 1D, every entry positive, sum 1. "
+            f"Got shape {tuple(values.shape)} with values {values.tolist()}. A weight of zero would stay zero: "
             "start from a small positive one."
         )
 
 
-class TableFit(Optimizer):
+class ExactMinimizer(Optimizer):
     r"""
-    Moves mixture weights to what is best on all completions so far, where mirror descent would take a step towards it.
+    Sets mixture weights to the minimizer of an objective, which a function returns, where mirror descent would take a
+    step towards it.
 
     Args:
         params (`Iterable[torch.nn.Parameter]`): the mixture weights, shape `(K,)`.
-        best (`Callable`):
-            Returns the best weights, given the present ones, or `None` to leave them as they are.
+        best (`Callable`): returns the minimizer, given the current weights, or `None` to leave these unchanged.
     """
 
     def __init__(self, params: Iterable[torch.nn.Parameter], best: Callable[[torch.Tensor], torch.Tensor | None]):
@@ -149,8 +156,8 @@ class TableFit(Optimizer):
         self.best = best
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> None:
-        """Moves every parameter."""
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> None:  # type: ignore[override]
+        """Sets every parameter to its minimizer; `closure` is not called."""
         for group in self.param_groups:
             for param in group["params"]:
                 if (weights := self.best(param.detach())) is not None:

@@ -1,8 +1,8 @@
 r"""
-What rewards of different objectives are compared on: their scale, and what a gain is counted from.
+Reward scales: the unit in which rewards of different objectives are compared, and the baseline of their gains.
 
-All take a table of N completions of P prompts whose self-normalised importance weights
-\\(\rho_j \propto \pi_{ref}(y_j)/q(y_j)\\) say how much of the reference each completion stands for.
+All functions take a table of N completions of P prompts, whose self-normalized importance weights
+\\(\rho_j \propto \pi_{ref}(y_j)/q(y_j)\\) are the shares of the completions in the reference.
 """
 
 from collections.abc import Mapping
@@ -10,38 +10,40 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .dual import log_shares, segment_logsumexp, sums_by_prompt
+from .tables import log_shares, normalize_by_prompt, sums_by_prompt
 
 
-# what each counts is said in `RewardScale`
+# `RewardScale` defines them
 SCALES = ("optimal", "regret", "reference", "z_score", "win_rate", "none")
-# these change the unit of the rewards; the others only what they are counted from
+# these change the unit of the rewards; the others change only the baseline
 UNITS = ("z_score", "win_rate")
 
 
 @dataclass
 class RewardScale:
     r"""
-    Turns rewards into what a welfare function compares.
+    Converts rewards into the gains that a welfare function compares.
 
-    - `"optimal"`: the paper's P, \\(r - \beta \log E_{y \sim \pi_{ref}} \exp(r/\beta)\\), by prompt: how far below the best
-      that the policy of this objective alone could reach, its divergence from the reference counted.
-    - `"regret"`: \\(r - E_{y \sim \pi_k}[r]\\), by prompt, with \\(\pi_k \propto \pi_{ref} \exp(r_k/\beta)\\): how far
-      below the reward of the objective's own policy, whatever it cost.
-    - `"reference"`: \\(r - E_{y \sim \pi_{ref}}[r]\\), by prompt: what is gained over the reference.
-    - `"z_score"`: less the mean and divided by the standard deviation of the reference's completions, over all prompts. β is then
-      in units of standard deviations.
-    - `"win_rate"`: the probability that the reference's own completion of the prompt has a lower reward, ties
-      counted half: between 0 and 1, and the same for rewards on any scale that order completions alike.
-    - `"none"`: as they are.
+    - `"optimal"`: the paper's P, \\(r - \beta \log E_{y \sim \pi_{ref}} \exp(r/\beta)\\), by prompt: relative to the
+      optimum of this objective alone, reward less β times the divergence from the reference.
+    - `"regret"`: \\(r - E_{y \sim \pi_k}[r]\\), by prompt, with \\(\pi_k \propto \pi_{ref} \exp(r_k/\beta)\\):
+      relative to the expected reward of the objective's own policy, without its divergence.
+    - `"reference"`: \\(r - E_{y \sim \pi_{ref}}[r]\\), by prompt: the gain over the reference.
+    - `"z_score"`: less the mean and divided by the standard deviation of the reference's rewards, over all prompts. β
+      is then in units of standard deviations.
+    - `"win_rate"`: the probability that a completion of the prompt by the reference has a lower reward, with ties
+      counted as half: between 0 and 1, and unchanged by strictly increasing transformations of the rewards.
+    - `"none"`: the rewards, unchanged.
 
     Args:
         scale (`str`): one of the above.
         beta (`float`): KL coefficient β.
         thresholds (`Mapping[int, float]`, *optional*):
-            For objectives with a constraint, the least expected reward, in the unit of the scale: gains count from there.
+            For objectives with a constraint, the least expected reward, in the unit of the scale: the baseline of its
+            gains.
         from_reference (`bool`, *optional*, defaults to `False`):
-            Whether all other gains count from what the reference reaches, which welfare functions of gains above 0 need.
+            Whether all other gains are relative to the expected reward of the reference, as welfare functions of
+            positive gains require.
         moments (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
             For `"z_score"`, the means and standard deviations of another table, of shape `(K,)`, instead of its own.
     """
@@ -56,8 +58,9 @@ class RewardScale:
         r"""
         Args:
             rewards (`torch.Tensor` of shape `(N, K)`): rewards of the completions, float64.
-            prompt (`torch.LongTensor` of shape `(N,)`): which prompt, 0 to P - 1, every row belongs to.
-            log_ratios (`torch.Tensor` of shape `(N,)`): \\(\log \pi_{ref}(y_j) - \log q(y_j)\\), up to a constant by prompt.
+            prompt (`torch.LongTensor` of shape `(N,)`): index of the prompt of every row, 0 to P - 1.
+            log_ratios (`torch.Tensor` of shape `(N,)`): \\(\log \pi_{ref}(y_j) - \log q(y_j)\\), up to a constant of
+                each prompt.
 
         Returns:
             `torch.Tensor` of shape `(N, K)`: gains, in the unit of the rewards or of the scale.
@@ -80,11 +83,9 @@ class RewardScale:
         if self.from_reference or self.scale == "reference":
             gains = in_unit - mean_by_prompt(shares)
         elif self.scale in ("optimal", "regret"):
-            tilted = of_reference + rewards / self.beta
-            values = segment_logsumexp(tilted, prompt, num_prompts)[prompt]
-            gains = rewards - (
-                self.beta * values if self.scale == "optimal" else mean_by_prompt((tilted - values).exp())
-            )
+            gains = normalize_by_prompt(rewards, of_reference.squeeze(-1), prompt, num_prompts, self.beta)
+            if self.scale == "regret":  # the objective's own policy is the reference times exp(P(r)/β)
+                gains = rewards - mean_by_prompt((of_reference + gains / self.beta).exp())
         else:
             gains = in_unit
         if self.thresholds:
@@ -96,13 +97,14 @@ class RewardScale:
 
 def win_rates(rewards: torch.Tensor, prompt: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     r"""
-    For every completion, the share of the reference's completions of its prompt that have a lower reward; of those with
-    an equal one, itself among them, a half.
+    For every completion, the share of the reference's completions of its prompt that have a lower reward, plus half of
+    the share of those with an equal reward, which include the completion itself.
 
     Args:
         rewards (`torch.Tensor` of shape `(N, K)`): rewards of the completions.
-        prompt (`torch.LongTensor` of shape `(N,)`): which prompt every row belongs to.
-        shares (`torch.Tensor` of shape `(N,)`): how much of the reference each stands for, with sum 1 over each prompt.
+        prompt (`torch.LongTensor` of shape `(N,)`): index of the prompt of every row.
+        shares (`torch.Tensor` of shape `(N,)`): shares of the completions in the reference, with sum 1 over each
+            prompt.
 
     Returns:
         `torch.Tensor` of shape `(N, K)`, between 0 and 1.
@@ -126,7 +128,7 @@ def win_rates(rewards: torch.Tensor, prompt: torch.Tensor, shares: torch.Tensor)
         is_new = (keys.diff(dim=1, prepend=keys.new_full((2, 1), torch.nan)) != 0).any(0)
         group = is_new.cumsum(0) - 1
         of_group = shares.new_zeros(int(group[-1]) + 1).index_add_(0, group, shares[order])
-        # the shares of all earlier prompts sum to their number
+        # the shares of all earlier prompts sum to the number of these prompts
         below = of_group.cumsum(0) - of_group / 2 - keys[0, is_new]
         rates[order, k] = below[group].clamp(0, 1).to(rates)
     return rates
@@ -136,17 +138,18 @@ def reference_moments(
     rewards: torch.Tensor, prompt: torch.Tensor, log_ratios: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Means and standard deviations of the reference's rewards over all prompts, `(K,)` each; arguments as of [`RewardScale`].
+    Means and standard deviations of the reference's rewards over all prompts, `(K,)` each. The arguments are those of
+    [`RewardScale`].
 
     Raises:
-        `ValueError`: for an objective whose rewards are all equal.
+        `ValueError`: the rewards of an objective are all equal.
     """
     constant = (rewards == rewards[0]).all(0)
     if constant.any():
         k = int(constant.nonzero()[0])
         raise ValueError(
-            f"The rewards of objective {k} are all {rewards[0, k].item()}: they have no standard deviation to be divided "
-            'by. Use another `normalize_rewards` than "z_score".'
+            f"The rewards of objective {k} are all {rewards[0, k].item()}: their standard deviation is 0, and their "
+            'z-scores are not defined. Use another `normalize_rewards` than "z_score".'
         )
     shares = (log_shares(prompt, log_ratios).exp() / (int(prompt.max()) + 1)).unsqueeze(-1)
     mean = (shares * rewards).sum(0)

@@ -1,4 +1,4 @@
-"""The weights of a causal language model, one tensor at a time, without loading the model where that can be helped."""
+"""The weights of a causal language model, read one tensor at a time, without loading the model where possible."""
 
 import os
 from collections.abc import Callable
@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from ..mixture.component_loading import ComponentLoader, Policy, as_component, hub_kwargs
+from ..mixture.component_loading import ComponentLoader, Policy, as_component
 from ..mixture.configuration_mixture import MixturePolicyConfig
-from ..mixture.hub import cached_commit
+from ..mixture.hub_files import cached_commit, file_kwargs, hub_kwargs
+from ..mixture.tokenizer_loading import load_tokenizer
 
 
 logger = logging.get_logger(__name__)
@@ -21,12 +22,12 @@ logger = logging.get_logger(__name__)
 
 class Checkpoint:
     """
-    Weights of a model by the names that its parameters have, read from safetensors when they are asked for.
+    Weights of a model by the names of its parameters, read from safetensors on request.
 
-    A model whose files name the weights otherwise than its class does is loaded whole, in the dtype of its files.
+    A model whose files have other names for the weights than its class is loaded whole, in the dtype of its files.
 
     Args:
-        policy (`str`, `os.PathLike`, `dict`, [`MixtureComponent`] or `PreTrainedModel`): where the model is.
+        policy (`str`, `os.PathLike`, `dict`, [`MixtureComponent`] or `PreTrainedModel`): the model.
         load_kwargs (`dict`, *optional*): arguments for its `from_pretrained`, such as `token`.
     """
 
@@ -51,18 +52,17 @@ class Checkpoint:
 
     @property
     def name_or_path(self) -> str | None:
-        """What an adapter over this model calls its base."""
+        """The name of the base for an adapter over this model."""
         return self.component.name_or_path if self.component else self.config.name_or_path or None
 
     @property
     def revision(self) -> str | None:
-        """The commit that the model is read from, or what was given as revision."""
+        """The commit that the model is read from, or the revision that was given."""
         if self.component is None:
             return getattr(self.config, "_commit_hash", None)
         filename = self.component.gguf_file or "config.json"
-        filename = "/".join(part for part in (self.component.subfolder, filename) if part)
-        location = self.component.revision, self._loader.load_kwargs.get("cache_dir")
-        return cached_commit(self.component.name_or_path, filename, *location) or self.component.revision
+        commit = cached_commit(self.component.location, filename, self._loader.load_kwargs.get("cache_dir"))
+        return commit or self.component.revision
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -74,7 +74,7 @@ class Checkpoint:
         return self._read[self.tied.get(name, name)]()
 
     def load(self, device: str | torch.device | None = None) -> PreTrainedModel:
-        """The model itself. One that is in memory stays where it is, another is put on a device."""
+        """The model itself. A model in memory stays on its device, another is loaded to `device`."""
         if not self.skeleton.get_input_embeddings().weight.is_meta:
             return self.skeleton
         handle = self._loader.load(self.component)
@@ -89,17 +89,8 @@ class Checkpoint:
         """
         if self.component is None:
             raise ValueError("A model in memory has no tokenizer. Give it as `processing_class`.")
-        location = {
-            name: value for name in ("revision", "subfolder", "gguf_file") if (value := getattr(self.component, name))
-        }
-        try:
-            return AutoTokenizer.from_pretrained(
-                self.component.name_or_path, **location, **hub_kwargs(self._loader.load_kwargs)
-            )
-        except (OSError, ValueError) as err:
-            raise ValueError(
-                f"{self} has no tokenizer that can be read; give one as `processing_class`. {err}"
-            ) from err
+        advice = "Give one as `processing_class`."
+        return load_tokenizer([self.component.location], str(self), advice, **hub_kwargs(self._loader.load_kwargs))
 
     def _open(self, policy: Policy) -> None:
         self.component = as_component(policy, **hub_kwargs(self._loader.load_kwargs))
@@ -119,7 +110,7 @@ class Checkpoint:
         self.tied = self.skeleton.all_tied_weights_keys
         self._read = self._readers()
         if self._read is None:
-            logger.info(f"{self} is loaded whole, as its files do not hold the weights by the names of its class.")
+            logger.info(f"{self} is loaded as a whole, as its files do not have the parameter names of its class.")
             self._use(self.load())
 
     def _use(self, model: PreTrainedModel) -> None:
@@ -129,19 +120,20 @@ class Checkpoint:
             if parameter.is_meta or not parameter.is_floating_point() or hasattr(parameter, "__tensor_flatten__"):
                 raise ValueError(
                     f"The weight {name} of {self} is offloaded or quantized ({type(parameter).__name__}, "
-                    f"{parameter.dtype}, on {parameter.device}). Load the model without, or give its folder."
+                    f"{parameter.dtype}, on {parameter.device}). Load the model without offloading and quantization, "
+                    "or pass its folder."
                 )
         self._read = {name: parameter.detach for name, parameter in parameters.items()}
 
     def _readers(self) -> dict[str, Callable[[], torch.Tensor]] | None:
-        """For every parameter what reads it, `None` when some are not in the files, or not in safetensors."""
+        """Functions that read each parameter; `None` when some are not in the files, or these are not safetensors."""
         known = set(self.shapes)
         prefix = f"{self.skeleton.base_model_prefix}."
         readers: dict[str, Callable[[], torch.Tensor]] = {}
         for path in self._files():
             file = safe_open(path, framework="pt")
             for name in file.keys():
-                # checkpoints of a class without the head lack the prefix of those with it
+                # checkpoints of a class without a head lack the prefix of those with one
                 parameter = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in known), None)
                 if parameter is not None:
                     readers[parameter] = lambda file=file, name=name: file.get_tensor(name)
@@ -151,8 +143,7 @@ class Checkpoint:
         component = self.component
         if component.variant or component.gguf_file:
             return []
-        kwargs = {k: v for k, v in hub_kwargs(self._loader.load_kwargs).items() if k != "trust_remote_code"}
-        kwargs |= {"revision": component.revision, "subfolder": component.subfolder or ""}
+        kwargs = {**component.location.kwargs, **file_kwargs(self._loader.load_kwargs)}
         lenient = {"_raise_exceptions_for_missing_entries": False}
         if path := cached_file(component.name_or_path, SAFE_WEIGHTS_NAME, **lenient, **kwargs):
             return [path]

@@ -32,14 +32,14 @@ CACHE_NAME = next(name for name in CACHE_NAMES if name in {field.name for field 
 
 
 def cache_name_of(parameters: Collection[str]) -> str | None:
-    """What a model calls its cache, by the names of its `forward`'s arguments; `None` for one that takes no such cache."""
+    """The name of the cache among the arguments of a model's `forward`; `None` where it takes no such cache."""
     return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
 def pick_cache(given: dict[str, Any], caller: str) -> Cache | None:
     """
-    Takes the cache out of arguments, under whichever name it is there. As in Transformers, the newest name wins, and a
-    name that the installed version has given up is warned of.
+    Takes the cache out of arguments, whichever name it was passed under. As in Transformers, the newest name wins, and
+    a name that the installed version has deprecated raises a warning.
 
     Args:
         given (`dict`): arguments by name; those of [`CACHE_NAMES`] are taken out.
@@ -61,7 +61,7 @@ def pick_cache(given: dict[str, Any], caller: str) -> Cache | None:
 
 
 def layer_types_of(config: PreTrainedConfig) -> list[str]:
-    """Which kind of cache layer every layer of a decoder needs, as `DynamicCache` and `StaticCache` see it."""
+    """The kind of cache layer that each layer of a decoder needs, as `DynamicCache` and `StaticCache` determine it."""
     return get_layer_types_and_kwargs(config)[0]
 
 
@@ -73,14 +73,15 @@ def has_recurrent_layers(config: PreTrainedConfig) -> bool:
 
 def starts_anew(model: nn.Module) -> bool:
     """
-    Whether a recurrent model forgets its state when it is given several tokens at once, as Mamba's first version does in
-    Transformers, alone or as layers of others (Jamba): it is the one that projects its input to a state's parameters.
+    Whether a recurrent model discards its state when it is given several tokens at once. In Transformers, the layers
+    of Mamba 1 do, also inside of other models (Jamba). They are recognized by `x_proj`, which projects the input to
+    the parameters of the state space.
     """
     return any(hasattr(module, "A_log") and hasattr(module, "x_proj") for module in model.modules())
 
 
 def is_recurrent(cache: Cache) -> bool:
-    """Whether all layers of a cache are states of fixed size, which do not tell how many tokens they have seen."""
+    """Whether all layers of a cache hold states of fixed size, which do not record how many tokens they have seen."""
     return bool(cache.layers) and all(cache.is_linear)
 
 
@@ -91,10 +92,10 @@ def without_peft(model: nn.Module) -> nn.Module:
 
 def activate_adapter(model: nn.Module, adapter: str | None) -> None:
     """
-    Makes one adapter of a `PeftModel` the one that runs, or none of them. Which parameters are trained stays as it is.
+    Makes one adapter of a `PeftModel` the active one, or disables all of them. `requires_grad` stays as it is.
 
-    PEFT's own switch decides anew what is trained, by calls that torch.compile breaks the graph at. Layers of LoRA need
-    two fields for it, which are set here; everything else goes through PEFT.
+    PEFT's `set_adapter` resets `requires_grad`, by calls that cause graph breaks under torch.compile. LoRA layers need
+    only two fields to be set, which is done here; all other adapters go through PEFT.
 
     Args:
         model (`nn.Module`): a `PeftModel`; nothing happens to others.
@@ -126,8 +127,8 @@ def _activate_by_peft(model: nn.Module, adapter: str | None) -> None:
 
 
 def _lora_layers(model: nn.Module) -> list[nn.Module] | None:
-    """The layers of a model that is adapted by nothing but LoRA, none of it merged."""
-    # under a condition, or Transformers would demand PEFT of everybody who opens a mixture that carries this code
+    """The adapted layers of a model whose adapters are all LoRA and not merged; `None` for other models."""
+    # inside a condition, or Transformers would require PEFT of everyone who opens a mixture that carries this code
     if is_peft_available():
         from peft.tuners.lora import LoraModel
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -148,7 +149,7 @@ def _lora_layers(model: nn.Module) -> list[nn.Module] | None:
 
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """Transformers shows no bar, as for "Writing model shards: 0it" where there are no weights to write."""
+    """Hides progress bars of Transformers, such as "Writing model shards: 0it" where there are no weights to write."""
     previous = logging.set_tqdm_hook(lambda tqdm, args, kwargs: tqdm(*args, **{**kwargs, "disable": True}))
     try:
         yield
@@ -157,16 +158,16 @@ def no_progress_bar() -> Iterator[None]:
 
 
 def recomputes_layers(model: nn.Module) -> bool:
-    """Whether gradient checkpointing is on for any layer that it takes effect in."""
+    """Whether gradient checkpointing is on in any layer, and takes effect there."""
     return any(getattr(module, "gradient_checkpointing", False) and module.training for module in model.modules())
 
 
 def correct_parallel_plans(model: PreTrainedModel) -> None:
     """
-    Makes the plans by which a model is split over devices name its parameters as they are called.
+    Corrects the parameter names in the plans by which a model is split over devices.
 
-    Transformers collects them from a model's children, of which PEFT's wrappers pass on the plans of what they wrap,
-    without their own prefix.
+    Transformers collects the plans from a model's children. PEFT's wrappers pass on the plan of the model inside,
+    without the prefix that the wrapper adds to its names.
     """
     prefixes = {}
     for name, child in model.named_children():
@@ -180,7 +181,7 @@ def correct_parallel_plans(model: PreTrainedModel) -> None:
 
 
 def correct_tied_weights(model: nn.Module, tied: dict[str, str]) -> dict[str, str]:
-    """Tied weights, target to source, by the names they have: a layer that is adapted is the `base_layer` of another."""
+    """Tied weights, from target to source, by their actual names: those of adapted layers are in `base_layer`."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
     def name_of(key: str) -> str:
@@ -192,6 +193,6 @@ def correct_tied_weights(model: nn.Module, tied: dict[str, str]) -> dict[str, st
 
 
 def parse_to(*args, **kwargs) -> tuple[torch.device | None, torch.dtype | None]:
-    """What the arguments of `nn.Module.to` ask for."""
+    """Device and dtype that the arguments of `nn.Module.to` ask for."""
     device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
     return device, dtype

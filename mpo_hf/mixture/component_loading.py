@@ -1,7 +1,6 @@
 """Finding, checking and loading the components of a mixture."""
 
 import copy
-import inspect
 import json
 import os
 import re
@@ -16,7 +15,6 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -24,7 +22,18 @@ from transformers.utils import cached_file, is_peft_available, logging
 
 from .compat import CACHE_NAME, cache_name_of, without_peft
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig
-from .hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS, cached_commit, explain_hub_error
+from .hub_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Location,
+    cached_commit,
+    explain_hub_error,
+    file_kwargs,
+    hub_kwargs,
+    require_safetensors,
+)
+from .mixture_inputs import forward_parameters
+from .tokenizer_loading import load_tokenizer
 from .vocabulary import common_vocab_size
 
 
@@ -35,12 +44,6 @@ Policy = str | os.PathLike | dict | MixtureComponent | PreTrainedModel
 
 # Arguments of `from_pretrained` that may differ between components: a dictionary with the keys `component_k`.
 BY_COMPONENT = ("device_map", "dtype", "quantization_config")
-
-# What `from_pretrained` of configs, tokenizers and adapters understands; everything else concerns weights only.
-HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "trust_remote_code")
-
-# Names of the arguments of `forward`, by class of model; see `forward_parameters`.
-_PARAMETERS: dict[type, frozenset[str]] = {}
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class PolicyHandle:
 
 
 def check_loading_kwargs(kwargs: dict[str, Any]) -> None:
-    """Refuses loading arguments that would silently mean the same thing for every component."""
+    """Refuses loading arguments that would silently apply to every component alike."""
     for name in ("revision", "subfolder", "variant", "gguf_file"):
         if kwargs.get(name) is not None:
             raise ValueError(
@@ -68,22 +71,16 @@ def check_loading_kwargs(kwargs: dict[str, Any]) -> None:
 
 
 def is_by_component(value: Any) -> bool:
-    """Whether an argument says something else for each component."""
+    """Whether an argument is a dictionary with a value for each component."""
     return isinstance(value, dict) and any(re.fullmatch(r"component_\d+|reference", str(key)) for key in value)
 
 
-def hub_kwargs(load_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The part of loading arguments that configs, tokenizers and adapters understand too."""
-    return {name: load_kwargs[name] for name in HUB_KWARGS if name in load_kwargs}
-
-
 def find_adapter_config(component: MixtureComponent, **kwargs) -> dict[str, Any] | None:
-    """The `adapter_config.json` of a component's adapter, `None` when there is no such file, or none can be fetched."""
-    kwargs.pop("trust_remote_code", None)
-    location = {"revision": component.adapter_revision, "subfolder": component.adapter_subfolder or ""}
+    """The `adapter_config.json` of a component's adapter, `None` when it does not exist or cannot be fetched."""
+    kwargs = {**component.adapter_location.kwargs, **file_kwargs(kwargs)}
     lenient = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
     try:
-        path = cached_file(component.adapter, ADAPTER_CONFIG, **location, **lenient, **kwargs)
+        path = cached_file(component.adapter, ADAPTER_CONFIG, **lenient, **kwargs)
     except (OSError, ValueError) as err:
         hint = explain_hub_error(err, component.adapter_revision) or "It is neither a folder nor a repo id. "
         raise OSError(f"{_describe(component)} cannot be opened. {hint}{err}") from err
@@ -126,7 +123,7 @@ def _recorded_base(component: MixtureComponent, **kwargs) -> dict[str, str | Non
 
 
 def _absolute(component: MixtureComponent) -> MixtureComponent:
-    """Folders as absolute paths: a mixture must not change its meaning with the working directory."""
+    """Makes the paths of folders absolute, so that a mixture does not depend on the working directory."""
     changes = {}
     for name in ("name_or_path", "adapter"):
         path = getattr(component, name)
@@ -142,7 +139,7 @@ def resolve_relative(
     Resolves paths that a saved config holds relative to itself.
 
     Args:
-        component (`MixtureComponent`): as it stands in the config.
+        component (`MixtureComponent`): the component as written in the config.
         folder (`str`): the folder, or the repo id, that the config was read from.
         revision (`str`, *optional*): the revision of that repo.
         subfolder (`str`, *optional*): the folder inside `folder` that the config was read from.
@@ -202,16 +199,16 @@ class ComponentLoader:
         return index
 
     def share(self, component: MixtureComponent, backbone: int) -> None:
-        """Makes known that the checkpoint of `component` is in memory already."""
+        """Registers that the checkpoint of `component` is in memory already."""
         if component.name_or_path is not None:
             self._by_checkpoint[component.checkpoint] = backbone
 
     def assign(self, components: Sequence[MixtureComponent], reference: MixtureComponent | None = None) -> None:
         """
-        Works out what each checkpoint is loaded with, where arguments are given by component.
+        Determines the arguments that each checkpoint is loaded with, where they are given by component.
 
         Components that share a model in memory are loaded once. A component that is not named is loaded without the
-        argument; a reference that is not named goes where the first component is.
+        argument; a reference that is not named goes to the device of the first component.
 
         Args:
             components (`Sequence[MixtureComponent]`): the components, in order.
@@ -242,11 +239,13 @@ class ComponentLoader:
                     )
 
     def read_config(self, component: MixtureComponent) -> PreTrainedConfig:
-        """Reads the configuration of a component, and so finds out whether it exists before any weights are loaded."""
+        """
+        Reads the configuration of a component, which shows that the component exists before any weights are loaded.
+        """
         config = self._configs.get(component.checkpoint)
         if config is None:
             try:
-                config = self._fetch_config(component.name_or_path, **_location(component))
+                config = self._fetch_config(component.location)
             except (OSError, ValueError) as err:
                 hint = explain_hub_error(err, component.revision)
                 raise type(err)(f"The component {_describe(component)} cannot be opened. {hint}{err}") from err
@@ -255,15 +254,14 @@ class ComponentLoader:
             self._check_adapter(component, config)
         return config
 
-    def _fetch_config(self, name_or_path: str, **location) -> PreTrainedConfig:
-        kwargs = hub_kwargs(self.load_kwargs)
-        if MixturePolicyConfig.model_type not in CONFIG_MAPPING and "gguf_file" not in location:
-            # this code came with a mixture, and the Auto classes know no mixtures
-            reading = {name: value for name, value in kwargs.items() if name != "trust_remote_code"}
-            fields, _ = PreTrainedConfig.get_config_dict(name_or_path, **location, **reading)
+    def _fetch_config(self, location: Location) -> PreTrainedConfig:
+        path = location.name_or_path
+        if MixturePolicyConfig.model_type not in CONFIG_MAPPING and location.gguf_file is None:
+            # this code came with a mixture, and the Auto classes do not know mixtures
+            fields, _ = PreTrainedConfig.get_config_dict(path, **location.kwargs, **file_kwargs(self.load_kwargs))
             if fields.get("model_type") == MixturePolicyConfig.model_type:
                 return MixturePolicyConfig.from_dict(fields)
-        return AutoConfig.from_pretrained(name_or_path, **location, **kwargs)
+        return AutoConfig.from_pretrained(path, **location.kwargs, **hub_kwargs(self.load_kwargs))
 
     def _check_adapter(self, component: MixtureComponent, config: PreTrainedConfig) -> None:
         if not is_peft_available():
@@ -276,7 +274,7 @@ class ComponentLoader:
                 f"The adapter of {_describe(component)} cannot be opened: it has no adapter_config.json{where}."
             )
         recorded = adapter_config.get("base_model_name_or_path")
-        # a folder can be a copy of anything, two different repo ids are two different models
+        # a folder may be a copy of the recorded base; two different repo ids are two different models
         if recorded and not any(os.path.isabs(p) or os.path.exists(p) for p in (recorded, component.name_or_path)):
             if recorded != component.name_or_path:
                 raise ValueError(
@@ -287,16 +285,14 @@ class ComponentLoader:
     def read_vocab(self, component: MixtureComponent) -> dict[str, int] | None:
         """The token-to-id map of a component's tokenizer, `None` when it comes without one."""
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                component.name_or_path, **_location(component), **hub_kwargs(self.load_kwargs)
-            )
-        except (OSError, ValueError, KeyError, AttributeError, ImportError) as err:
-            logger.warning(f"The vocabulary of {_describe(component)} is not compared: it has no tokenizer ({err}).")
+            tokenizer = load_tokenizer([component.location], "It", **hub_kwargs(self.load_kwargs))
+        except (ValueError, KeyError, AttributeError, ImportError) as err:
+            logger.warning(f"The vocabulary of {_describe(component)} is not compared. {err}")
             return None
         return tokenizer.get_vocab() or None
 
     def load(self, component: MixtureComponent) -> PolicyHandle:
-        """Loads a component, or finds its base among the models in memory, and adds its adapter."""
+        """Loads a component and its adapter. A base that is in memory already is shared."""
         if component.checkpoint not in self._by_checkpoint:
             self._by_checkpoint[component.checkpoint] = len(self.backbones)
             self.backbones.append(self._load_checkpoint(component))
@@ -306,11 +302,11 @@ class ComponentLoader:
     def _load_checkpoint(self, component: MixtureComponent) -> nn.Module:
         kwargs = {name: value for name, value in self.load_kwargs.items() if not is_by_component(value)}
         own = self._own_kwargs.get(component.checkpoint, {})
-        kwargs |= {name: value for name, value in own.items() if value is not None} | _location(component)
+        kwargs |= {name: value for name, value in own.items() if value is not None} | component.location.kwargs
         for name in ("variant", "dtype"):
             if (value := getattr(component, name)) is not None:
                 kwargs[name] = value
-        if kwargs.get("device_map") == "disk":  # as a name of its own Transformers knows devices only
+        if kwargs.get("device_map") == "disk":  # Transformers accepts a bare name for devices only
             kwargs["device_map"] = {"": "disk"}
         kwargs.setdefault("use_safetensors", None if component.gguf_file else True)
         if component.gguf_file and component.checkpoint in self._configs:
@@ -321,18 +317,13 @@ class ComponentLoader:
             raise type(err)(f"The component {_describe(component)} cannot be loaded. {err}") from err
         check_decoder(model, _describe(component))
         filename = component.gguf_file or "config.json"
-        commit = self._commit_of(component.name_or_path, component.revision, component.subfolder, filename)
-        if commit is not None:
+        commit = cached_commit(component.location, filename, self.load_kwargs.get("cache_dir"))
+        if commit is not None:  # a mixture is pinned to it when it is pushed to the Hub
             model.config._commit_hash = commit
         return model.eval()
 
-    def _commit_of(self, repo_id: str, revision: str | None, subfolder: str | None, filename: str) -> str | None:
-        """The commit that something was just loaded from, which a mixture is pinned to when it is pushed to the Hub."""
-        filename = "/".join(part for part in (subfolder, filename) if part)
-        return cached_commit(repo_id, filename, revision, self.load_kwargs.get("cache_dir"))
-
     def _load_adapter(self, index: int, component: MixtureComponent) -> str:
-        # within a `try`, or Transformers would demand PEFT of everybody who opens a mixture that carries this code
+        # inside a `try`, or Transformers would require PEFT of everyone who opens a mixture that carries this code
         try:
             from peft import PeftModel
         except ImportError as err:
@@ -359,21 +350,22 @@ class ComponentLoader:
                 f"The adapter {component.adapter!r} does not fit the base {component.name_or_path!r}: {err}"
             ) from err
         check_adapter_type(self.backbones[index], name, repr(component.adapter))
-        self.backbones[index].peft_config[name]._commit_hash = self._commit_of(
-            component.adapter, component.adapter_revision, component.adapter_subfolder, ADAPTER_CONFIG
+        self.backbones[index].peft_config[name]._commit_hash = cached_commit(
+            component.adapter_location, ADAPTER_CONFIG, self.load_kwargs.get("cache_dir")
         )
         if any(_fingerprint(parameter) != fingerprint for parameter, fingerprint in before):
             raise ValueError(
                 f"The adapter {component.adapter!r} changes weights of its base when it is loaded, as adapters with biases "
-                "or with an initialisation such as PiSSA do, so that it cannot share the base with other policies. Merge "
+                "or with an initialization such as PiSSA do, so that it cannot share the base with other policies. Merge "
                 "it (`merge_and_unload`), save the result, and mix that."
             )
         return name
 
     def _fetch_adapter(self, component: MixtureComponent) -> str:
-        """Folder of an adapter, downloaded where needed: in offline mode PEFT finds no subfolder of a repository."""
-        kwargs = {k: v for k, v in hub_kwargs(self.load_kwargs).items() if k != "trust_remote_code"}
-        kwargs |= {"revision": component.adapter_revision, "subfolder": component.adapter_subfolder or ""}
+        """
+        Folder of an adapter, downloaded where needed: PEFT does not find subfolders of a repository in offline mode.
+        """
+        kwargs = {**component.adapter_location.kwargs, **file_kwargs(self.load_kwargs)}
         if self.load_kwargs.get("use_safetensors", True):
             require_safetensors(component.adapter, **kwargs)
         else:
@@ -381,18 +373,6 @@ class ComponentLoader:
             if cached_file(component.adapter, ADAPTER_WEIGHTS, **missing_ok, **kwargs) is None:
                 cached_file(component.adapter, "adapter_model.bin", **kwargs)
         return os.path.dirname(cached_file(component.adapter, ADAPTER_CONFIG, **kwargs))
-
-
-def require_safetensors(adapter: str, revision: str | None = None, subfolder: str | None = None, **kwargs) -> None:
-    """PEFT falls back to pickled weights without a word; adapters are opened from safetensors unless told otherwise."""
-    kwargs.pop("trust_remote_code", None)
-    missing_ok = {"_raise_exceptions_for_missing_entries": False}
-    location = {"revision": revision, "subfolder": subfolder or ""}
-    if cached_file(adapter, ADAPTER_WEIGHTS, **location, **missing_ok, **kwargs) is None:
-        raise OSError(
-            f"The adapter {adapter!r} has no {ADAPTER_WEIGHTS}. If you trust a pickled file from there, pass "
-            "`use_safetensors=False`."
-        )
 
 
 def compare_vocabularies(
@@ -413,18 +393,20 @@ def compare_vocabularies(
 
 
 def check_adapter_type(model: nn.Module, adapter: str, name: str) -> None:
-    """Refuses adapters that are not weights, but tokens that only their own policy sees."""
+    """Refuses prompt learning, whose virtual tokens are seen by their own policy only."""
     config = model.peft_config[adapter]
     if config.is_prompt_learning:
         raise ValueError(
             f"The adapter {name} learns a prompt ({config.peft_type}), and cannot be mixed token by token. Adapters that "
-            "change weights can: LoRA, IA3 and their kin."
+            "change weights can: LoRA, IA3 and similar methods."
         )
 
 
 def _fingerprint(parameter: torch.Tensor) -> float:
-    """Changes when a parameter's values do, whichever way they are written. A sample of them, as models are large."""
-    if hasattr(parameter, "__tensor_flatten__"):  # quantised: the tensors that it is made of
+    """
+    A number that changes when the values of a parameter do. It is computed from a sample of them, as models are large.
+    """
+    if hasattr(parameter, "__tensor_flatten__"):  # quantized: the tensors that it consists of
         return sum(_fingerprint(getattr(parameter, name)) for name in parameter.__tensor_flatten__()[0])
     if parameter.is_meta:
         return 0.0
@@ -433,7 +415,7 @@ def _fingerprint(parameter: torch.Tensor) -> float:
 
 
 def check_decoder(model: nn.Module, name: str) -> None:
-    """Refuses models that cannot be decoded beside others over a cache of keys and values."""
+    """Refuses models that cannot be decoded together with others over one cache."""
     parameters = forward_parameters(model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"The component {name} is an encoder-decoder; only causal language models can be mixed.")
@@ -444,23 +426,10 @@ def check_decoder(model: nn.Module, name: str) -> None:
         raise ValueError(f"The component {name} ({type(base).__name__}) is not a causal language model.")
     if cache_name_of(parameters) is None or not base._supports_default_dynamic_cache():
         raise ValueError(
-            f"The component {name} ({type(base).__name__}) keeps its state in a cache of its own kind instead of a "
+            f"The component {name} ({type(base).__name__}) keeps its state in a cache of its own instead of a "
             f"`DynamicCache` that its `forward` takes as `{CACHE_NAME}`, and cannot be mixed."
             + (" Mamba can, from Transformers 5.24 on." if "cache_params" in parameters else "")
         )
-
-
-def forward_parameters(model: nn.Module) -> frozenset[str]:
-    """Names of the arguments of a model's `forward`, seen through PEFT's wrapper."""
-    kind = type(without_peft(model))
-    if kind not in _PARAMETERS:  # a dictionary, for torch.compile knows no other kind of memory
-        _PARAMETERS[kind] = frozenset(inspect.signature(kind.forward).parameters)
-    return _PARAMETERS[kind]
-
-
-def _location(component: MixtureComponent) -> dict[str, str]:
-    names = ("revision", "subfolder", "gguf_file")
-    return {name: value for name in names if (value := getattr(component, name)) is not None}
 
 
 def _no_peft(component: MixtureComponent) -> ImportError:

@@ -7,20 +7,22 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .compat import (
-    activate_adapter,
-    cache_name_of,
-    has_recurrent_layers,
-    recomputes_layers,
-    starts_anew,
-    without_peft,
-)
-from .component_loading import PolicyHandle, forward_parameters
+from .compat import activate_adapter, has_recurrent_layers, recomputes_layers, starts_anew, without_peft
+from .component_loading import PolicyHandle
+from .configuration_mixture import MixturePolicyConfig
 from .mixture_cache import bind_cache, component_views
+from .mixture_inputs import (
+    accepted_inputs,
+    copy_to,
+    execution_device,
+    positions_by_row,
+    positions_from_mask,
+    repeat_rows,
+)
 from .stacked_cache import can_stack, join_static_layers, stack_views
 from .stacked_lora import AdapterStacks
 from .stacked_models import ModelStacks
-from .stacked_rows import can_run_stacked, positions_by_row, repeat_rows
+from .stacked_rows import can_run_stacked
 
 
 class ComponentRunningMixin:
@@ -34,6 +36,7 @@ class ComponentRunningMixin:
         stack_models (`bool`): whether full models of one architecture do.
     """
 
+    config: MixturePolicyConfig
     backbones: list[nn.Module]
     policies: list[PolicyHandle]
     stack_adapters: bool
@@ -42,7 +45,7 @@ class ComponentRunningMixin:
     _model_stacks: ModelStacks
 
     def _views(self, cache: Cache, active: Sequence[int]) -> tuple[Sequence[int], dict[int, Cache]]:
-        """The components that a cache holds, and each one's view of it; a new cache is to hold those of `active`."""
+        """The components that a cache holds, and the view of each. A new cache is bound to those of `active`."""
         if not cache.layers and has_recurrent_layers(self.config):
             raise ValueError(
                 "This cache was made without a config, for attention layers only, and components of this mixture are "
@@ -58,7 +61,7 @@ class ComponentRunningMixin:
         attention_mask: torch.Tensor | None,
         position_ids: torch.LongTensor | None,
     ) -> dict[str, torch.Tensor | None]:
-        """The inputs that mean the same to all components."""
+        """The inputs that all components have in common."""
         return {
             "input_ids": self._ids_for_all(input_ids, attention_mask),
             "attention_mask": attention_mask,
@@ -66,12 +69,14 @@ class ComponentRunningMixin:
         }
 
     def _ids_for_all(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
-        """Replaces padding ids that some component has no embedding for; other ids of that kind are an error."""
+        """Replaces padding ids that some component has no embedding for; any other such id is an error."""
         sizes = {decoder.vocab_size for decoder in self.config.decoder_configs}
         if sizes == {self.config.vocab_size}:
             return input_ids
         foreign = input_ids >= self.config.vocab_size
-        if torch.compiler.is_compiling() and input_ids.shape[1] == 1:  # a step of `generate`, which has looked
+        if (
+            torch.compiler.is_compiling() and input_ids.shape[1] == 1
+        ):  # a step of `generate`, which has checked the ids
             return input_ids.masked_fill(foreign, 0)
         if not foreign.any():
             return input_ids
@@ -88,14 +93,14 @@ class ComponentRunningMixin:
     def _component_logits(
         self, active: Sequence[int], inputs: dict[str, Any], views: dict[int, Cache], extras: dict[str, list]
     ) -> Iterator[torch.Tensor]:
-        """Logits of one component after another. Those that can run side by side do so when the first is due."""
-        # the state of adapters is compared wherever something is computed anew, not at every step of decoding
+        """Yields the logits of the components in order. Components of one stack run when the first of them is due."""
+        # adapters and models are checked for changes at every prompt and full pass, not at every step of decoding
         is_step = inputs["input_ids"].shape[1] == 1 and bool(views)
         groups = self._groups(active, inputs, views, check=not is_step)
         backbones = self.backbones
         devices = {k: execution_device(backbones[self.policies[k].backbone]) for k in active}
-        # copied before anything runs: a copy waits for the GPU that it comes from, and what needs it on another would too
-        own = {device: _copy_to(device, inputs) for device in dict.fromkeys(devices.values())}
+        # copied before anything runs: a copy waits for the work on its source GPU, and would delay other devices
+        own = {device: copy_to(device, inputs) for device in dict.fromkeys(devices.values())}
         done: dict[int, torch.Tensor] = {}
         for k in active:
             if k in groups and k not in done:
@@ -111,8 +116,8 @@ class ComponentRunningMixin:
         self, active: Sequence[int], inputs: dict[str, Any], views: dict[int, Cache], check: bool = True
     ) -> dict[int, tuple[list[int], nn.Module]]:
         """
-        For components that run side by side in a call: all of their group, and the model that runs them. `check` is
-        whether to look if adapters or models have changed.
+        Maps each component that runs side by side with others in this call to all members of its group and the model
+        that runs them. `check` is whether to compare adapters and models with what the stack was made from.
         """
         groups: dict[int, tuple[list[int], nn.Module]] = {}
         if hasattr(self, "peft_config") or not can_stack(views.values()):
@@ -132,31 +137,31 @@ class ComponentRunningMixin:
 
     def _prepare_steps(self, active: Sequence[int], views: dict[int, Cache], rows: int) -> None:
         """
-        Has ready what steps of decoding need of adapters that a long prompt has run one after another. Steps do not look
-        whether adapters have changed, and those that are compiled neither stack adapters nor gather their keys.
+        Prepares the stacks for the decoding steps that follow a prompt too long to run stacked. Steps do not check
+        whether adapters have changed, and compiled steps can neither stack adapters nor gather their keys.
         """
         step = {"input_ids": torch.empty(rows, 1, dtype=torch.long, device=self.device)}
         for members, _ in self._groups(active, step, views).values():
             join_static_layers([views[k] for k in members])
 
     def _stackable(self, index: int, components: Sequence[int]) -> list[int]:
-        """Which of some components run on a model by adapters that can run side by side."""
+        """Which of `components` run on a model with adapters that can be stacked."""
         members = [k for k in components if self.policies[k].backbone == index]
         if len(members) < 2:
             return []
         model = self.backbones[index]
         if index not in self._stacks or self._stacks[index].model is not model:
             if torch.compiler.is_compiling():
-                return []  # stacks are made where nothing is compiled, such as before the first step of `generate`
+                return []  # stacks are made outside of compiled code, such as before the first step of `generate`
             self._stacks[index] = AdapterStacks(model)
         return [k for k in members if self._stacks[index].allows(self.policies[k].adapter)]
 
     @property
     def stacked_components(self) -> list[list[int]]:
         """
-        Components that run in one forward pass, where they have weight and nothing is trained: adapters over one base, and
-        with `stack_models` full models of one architecture. All others run one after another, with the same results; why
-        is logged at the level `info`.
+        Groups of components that run in one forward pass, as long as they have weight and nothing is trained: adapters
+        over one base and, with `stack_models`, full models of one architecture. All others run one after another, with
+        the same results; the reason is logged at level `info`.
         """
         found = []
         for index in range(self._num_backbones) if self.stack_adapters else ():
@@ -168,7 +173,7 @@ class ComponentRunningMixin:
 
     @property
     def _full_models(self) -> dict[int, nn.Module]:
-        """The models of components without an adapter."""
+        """The models of the components without an adapter."""
         backbones = self.backbones
         return {k: backbones[handle.backbone] for k, handle in enumerate(self.policies) if handle.adapter is None}
 
@@ -182,7 +187,7 @@ class ComponentRunningMixin:
             inputs = {**inputs, "position_ids": positions_by_row(ids, past)}
         if views:
             inputs = {**inputs, "cache": stack_views([views[k] for k in members])}
-        inputs = _accepted_inputs(stack, inputs)
+        inputs = accepted_inputs(stack, inputs)
         logits = self._common_logits(stack(**repeat_rows(inputs, len(members)), return_dict=True).logits, inputs, keep)
         return dict(zip(members, logits.chunk(len(members))))
 
@@ -195,11 +200,11 @@ class ComponentRunningMixin:
             if length > 1 and view.has_previous_state() and starts_anew(backbone):
                 raise ValueError(
                     f"The component {self.config.labels[k]!r} ({type(without_peft(backbone)).__name__}) cannot go on from a "
-                    f"cache with {length} new tokens: given several at once, it forgets its state. Pass them one at a time, "
+                    f"cache with {length} new tokens: given several at once, it discards its state. Pass them one at a time, "
                     "start from a new cache, or leave out `prefill_chunk_size`."
                 )
             if view.is_recurrent and mask is not None and mask.ndim == 2:
-                # what such models have seen is in their state, and their mask is that of the new tokens
+                # the past of such models is in their state, so that their mask covers the new tokens only
                 inputs["attention_mask"] = inputs["attention_mask"][:, -length:]
         output = backbone(**inputs, return_dict=True)
         for name, collected in extras.items():
@@ -207,13 +212,15 @@ class ComponentRunningMixin:
         return self._common_logits(output.logits, inputs, keep)
 
     def _common_logits(self, logits: torch.Tensor, inputs: dict[str, Any], keep: int | torch.Tensor) -> torch.Tensor:
-        """The part of a component's logits that was asked for, over the common token ids."""
+        """The positions of a component's logits that were asked for, over the common token ids."""
         if "logits_to_keep" not in inputs:
             logits = logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
         return logits[..., : self.config.vocab_size]
 
     def _ready_policy(self, k: int, inputs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-        """The model that runs component `k`, with its adapter active, and what it accepts of `inputs`, on its device."""
+        """
+        The model that runs component `k`, with its adapter active, and the inputs that it accepts, on its device.
+        """
         handle = self.policies[k]
         backbone = self.backbones[handle.backbone]
         activate_adapter(backbone, handle.adapter)
@@ -222,37 +229,7 @@ class ComponentRunningMixin:
                 "With gradient checkpointing the layers run again when gradients are computed, and then with the adapter "
                 "that ran last: those of the others would be wrong. Train adapters of one model without it."
             )
-        return backbone, _copy_to(execution_device(backbone), _accepted_inputs(backbone, inputs))
+        return backbone, copy_to(execution_device(backbone), accepted_inputs(backbone, inputs))
 
     def _is_shared(self, handle: PolicyHandle) -> bool:
         return len({other.adapter for other in self.policies if other.backbone == handle.backbone}) > 1
-
-
-def execution_device(backbone: nn.Module) -> torch.device:
-    """Where a model computes. Weights that Accelerate offloads are on `meta` until they are needed."""
-    device = next((p.device for p in backbone.parameters() if p.device.type != "meta"), None)
-    if device is None:
-        device = getattr(getattr(without_peft(backbone), "_hf_hook", None), "execution_device", None)
-    return torch.device("meta" if device is None else device)
-
-
-def _accepted_inputs(backbone: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What a model accepts of `inputs`, with the cache under the name that it has there."""
-    accepted = forward_parameters(backbone)
-    inputs = {n: v for n, v in inputs.items() if n in accepted or n not in ("position_ids", "logits_to_keep")}
-    if "cache" in inputs:
-        inputs[cache_name_of(accepted)] = inputs.pop("cache")
-    return inputs
-
-
-def _copy_to(device: torch.device, inputs: dict[str, Any]) -> dict[str, Any]:
-    return {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
-
-
-def positions_from_mask(
-    position_ids: torch.LongTensor | None, attention_mask: torch.Tensor | None, length: int
-) -> torch.LongTensor | None:
-    """Positions from a 2D attention mask: without them some architectures are silently wrong on left padding."""
-    if position_ids is not None or attention_mask is None or attention_mask.ndim != 2:
-        return position_ids
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]

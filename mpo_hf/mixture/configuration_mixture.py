@@ -1,4 +1,4 @@
-"""Configuration of a mixture of policies: which components, with which weights, relative to which reference."""
+"""Configuration of a mixture of policies: its components, their weights, and the reference policy."""
 
 import copy
 import math
@@ -11,11 +11,13 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from .compat import layer_types_of
+from .hub_files import Location
+from .mixture_weights import check_mixture_weights, prune_mixture_weights
 
 
-WEIGHT_SUM_TOLERANCE = 1e-4
+__all__ = ["COMPUTED_FIELDS", "MixtureComponent", "MixturePolicyConfig", "prune_mixture_weights"]
 
-# What a mixture presents itself with, computed from its components.
+# The fields of a mixture that are computed from its components.
 COMPUTED_FIELDS = (
     "num_hidden_layers",
     "layer_types",
@@ -28,96 +30,10 @@ COMPUTED_FIELDS = (
 )
 
 
-def check_mixture_weights(
-    weights: Sequence[float] | torch.Tensor, num_components: int, allow_off_simplex: bool = False
-) -> torch.Tensor:
-    """
-    Checks mixture weights and normalises what rounding has left of their sum.
-
-    Args:
-        weights (`Sequence[float]` or `torch.Tensor`):
-            Weights of shape `(K,)`, or `(batch_size, K)` for weights of each row's own.
-        num_components (`int`):
-            The number K of components.
-        allow_off_simplex (`bool`, *optional*, defaults to `False`):
-            Whether weights may be negative and sum to anything, as decoding-time realignment and contrastive decoding
-            need. They are then taken as they are.
-
-    Returns:
-        `torch.Tensor`: the weights in float64, on the CPU.
-
-    Raises:
-        `ValueError`: when there are not K of them, one is not finite, all are zero, or they are off the simplex by more
-        than 1e-4.
-    """
-    try:
-        checked = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
-    except (TypeError, ValueError, RuntimeError, OverflowError) as err:
-        raise ValueError(f"Mixture weights must be numbers, one a component, got {weights!r}.") from err
-    if checked.ndim not in (1, 2) or checked.shape[-1] != num_components:
-        raise ValueError(
-            f"Expected {num_components} mixture weights, one a component: shape ({num_components},), or (batch_size, "
-            f"{num_components}) for weights by row. Got shape {tuple(checked.shape)}: {weights!r}."
-        )
-    if not torch.isfinite(checked).all():
-        raise ValueError(f"Mixture weights must be finite, got {checked.tolist()}.")
-    if (checked == 0).all(-1).any():
-        raise ValueError(f"Mixture weights must not all be zero, got {checked.tolist()}.")
-    if allow_off_simplex:
-        return checked
-    sums = checked.sum(-1, keepdim=True)
-    if (checked < 0).any() or ((sums - 1).abs() > WEIGHT_SUM_TOLERANCE).any():
-        raise ValueError(
-            f"Mixture weights must be >= 0 and sum to 1 (within {WEIGHT_SUM_TOLERANCE}), got {checked.tolist()} with "
-            f"sum {sums.squeeze(-1).tolist()}. Divide them by their sum, or pass `allow_off_simplex=True` if you mean "
-            "to extrapolate."
-        )
-    return checked / sums
-
-
-def prune_mixture_weights(weights: Sequence[float] | torch.Tensor, below: float) -> torch.Tensor:
-    r"""
-    Sets small mixture weights to zero, and divides the others by what is left of their sum.
-
-    A component of weight zero does not run, so that a mixture with few weights that matter costs as much as these. Next to
-    the mixture π of all components, the pruned one \(\pi'\) loses little: at every token
-    \(\mathrm{KL}(\pi' \| \pi) \le \sum_k \lambda_k \mathrm{KL}(\pi' \| \pi_k)\), summed over the components that were pruned.
-
-    Args:
-        weights (`Sequence[float]` or `torch.Tensor`):
-            Weights on the simplex of shape `(K,)`, or `(batch_size, K)`, of which every row is pruned by itself.
-        below (`float`):
-            What is below this is pruned; from 0 to 1/K, so that the largest always stays.
-
-    Returns:
-        `torch.Tensor`: the weights in float64, on the CPU.
-
-    Raises:
-        `ValueError`: for weights off the simplex, and when `below` is negative or more than 1/K.
-
-    Example:
-
-    ```python
-    >>> from mpo_hf.mixture.configuration_mixture import prune_mixture_weights
-
-    >>> prune_mixture_weights([0.6, 0.39, 0.01], below=0.02)
-    tensor([0.6061, 0.3939, 0.0000], dtype=torch.float64)
-    ```
-    """
-    count = torch.as_tensor(weights).shape[-1]
-    checked = check_mixture_weights(weights, count, allow_off_simplex=True)
-    if (checked < 0).any() or ((checked.sum(-1) - 1).abs() > WEIGHT_SUM_TOLERANCE).any():
-        raise ValueError(f"Weights are pruned on the simplex (>= 0, with sum 1) only, got {checked.tolist()}.")
-    if not isinstance(below, int | float) or not 0 <= below <= 1 / count:
-        raise ValueError(f"`prune_below` must be from 0 to 1/{count} for {count} components, got {below!r}.")
-    kept = checked.masked_fill(checked < checked.amax(-1, keepdim=True).clamp(max=below), 0)
-    return kept / kept.sum(-1, keepdim=True)
-
-
 @dataclass
 class MixtureComponent:
     """
-    Where one policy of a mixture lives. Everything but `name_or_path` is optional.
+    Where one policy of a mixture is stored.
 
     Args:
         name_or_path (`str`, *optional*):
@@ -177,11 +93,11 @@ class MixtureComponent:
 
     @classmethod
     def from_dict(cls, spec: "dict[str, Any] | MixtureComponent") -> "MixtureComponent":
-        """Builds a component from a dictionary, refusing keys that no component has."""
+        """Builds a component from a dictionary. Unknown keys are an error."""
         if isinstance(spec, cls):
             return replace(spec)
         if is_dataclass(spec) and type(spec).__name__ == cls.__name__:
-            spec = asdict(spec)  # of another copy of this class, which came with the code of a mixture
+            spec = asdict(spec)  # an instance of another copy of this class, which came with the code of a mixture
         known = [field.name for field in fields(cls)]
         if not isinstance(spec, dict) or (unknown := sorted(set(spec) - set(known))):
             what = f"the unknown keys {unknown}" if isinstance(spec, dict) else repr(spec)
@@ -194,20 +110,37 @@ class MixtureComponent:
 
     @property
     def checkpoint(self) -> tuple[str | None, ...]:
-        """What decides which weights are loaded, an adapter aside: components that agree here share one model."""
+        """
+        The fields that determine which weights are loaded, adapters aside: components that agree in them share a
+        model.
+        """
         return (self.name_or_path, self.revision, self.subfolder, self.variant, self.dtype, self.gguf_file)
 
     @property
+    def location(self) -> Location | None:
+        """Where the model is stored, or the base of an adapter; `None` for a model that was given in memory."""
+        if self.name_or_path is None:
+            return None
+        return Location(self.name_or_path, self.revision, self.subfolder, self.gguf_file)
+
+    @property
+    def adapter_location(self) -> Location | None:
+        """Where the adapter is stored; `None` without one."""
+        if self.adapter is None:
+            return None
+        return Location(self.adapter, self.adapter_revision, self.adapter_subfolder)
+
+    @property
     def source(self) -> str:
-        """Where the component comes from, for messages and model cards."""
+        """The adapter or model of the component, for messages."""
         return self.adapter or self.name_or_path or "a model in memory"
 
 
 class _ComponentSubConfigs:
     """
-    `sub_configs` of a config whose parts are known for an instance only: `component_k`, and none for the class.
+    `sub_configs` of a mixture's config: `component_k` for an instance, nothing for the class, which has no components.
 
-    Components that share a model share its config, and are one part under the name of the first of them.
+    Components that share a model share its config, and form one part under the name of the first of them.
     """
 
     def __get__(self, config: "MixturePolicyConfig | None", owner: type | None = None) -> dict[str, type]:
@@ -221,8 +154,8 @@ class MixturePolicyConfig(PreTrainedConfig):
     Configuration of a [`MixturePolicyModel`]: a log-linear mixture \\(\pi(y|x) \propto \prod_k \pi_k(y|x)^{\lambda_k}\\)
     of causal language models.
 
-    To `generate()` and its caches it presents itself as one decoder with the layers of all components, one after
-    another; `num_hidden_layers`, `layer_types` and `per_layer_config` are computed from the components.
+    For `generate()` and its caches it describes one decoder with the layers of all components, one after another:
+    `num_hidden_layers`, `layer_types` and `per_layer_config` are computed from the components.
 
     Args:
         components (`list[dict]` or `list[MixtureComponent]`, *optional*):
@@ -230,8 +163,8 @@ class MixturePolicyConfig(PreTrainedConfig):
         mixture_weights (`list[float]`, *optional*):
             The mixture weights λ. Defaults to uniform weights.
         reference (`dict` or `MixtureComponent`, *optional*):
-            The reference policy that the components were aligned from. It is not part of the mixture, and only loaded
-            when it is asked for.
+            The reference policy that the components were aligned from. It is not part of the mixture, and is loaded
+            when it is first used.
         component_configs (`list[PreTrainedConfig]` or `list[dict]`, *optional*):
             The configurations of the components themselves. Filled in when components are loaded.
         vocab_size (`int`, *optional*):
@@ -239,13 +172,13 @@ class MixturePolicyConfig(PreTrainedConfig):
         allow_off_simplex (`bool`, *optional*, defaults to `False`):
             Whether weights may be negative or sum to something other than 1.
         plausibility (`float`, *optional*, defaults to 0.0):
-            Rules out tokens to which the first component gives less than this fraction of the probability of its most
-            likely token; see [`MixturePolicyModel.from_contrast`]. 0 rules out none.
+            Excludes tokens whose probability under the first component is less than this fraction of that of its most
+            likely token; see [`MixturePolicyModel.from_contrast`]. 0 excludes none.
         kwargs:
             Passed on to [`~transformers.PreTrainedConfig`].
 
     Raises:
-        `ValueError`: for weights, components or a vocabulary size that make no sense.
+        `ValueError`: for invalid weights, components or vocabulary sizes.
 
     Example:
 
@@ -266,7 +199,10 @@ class MixturePolicyConfig(PreTrainedConfig):
     """
 
     model_type = "mpo_mixture"
-    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # under both names that `Trainer` may find it by
+    keys_to_ignore_at_inference = [
+        "cache",
+        "past_key_values",
+    ]  # both names, as `Trainer` looks for the one of its version
     sub_configs = _ComponentSubConfigs()
 
     def __init__(
@@ -315,20 +251,20 @@ class MixturePolicyConfig(PreTrainedConfig):
         if given := [name for name in COMPUTED_FIELDS if kwargs.pop(name, None) is not None]:
             raise ValueError(f"{given} of a mixture follow from its components, and cannot be set.")
         for name in ("attn_implementation", "experts_implementation"):
-            # None would be handed down to components that have one; an empty mapping leaves them theirs
+            # None would override what the components have; an empty mapping leaves it as it is
             kwargs[name] = {} if kwargs.get(name) is None else kwargs[name]
         super().__init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "MixturePolicyConfig":
-        # stock loading assigns overrides one by one, and would check weights before it knows what they may be
+        # PreTrainedConfig assigns overrides one by one, and would check weights before `allow_off_simplex` is set
         names = ("mixture_weights", "allow_off_simplex")
         overrides = {name: value for name in names if (value := kwargs.pop(name, None)) is not None}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     @property
     def plausibility(self) -> float:
-        """Fraction of its most likely token's probability below which the first component rules a token out."""
+        """Tokens below this fraction of the first component's highest probability are excluded."""
         return self._plausibility
 
     @plausibility.setter
@@ -347,7 +283,7 @@ class MixturePolicyConfig(PreTrainedConfig):
         count = len(self.components)
         if weights is None:
             weights = [1 / max(count, 1)] * count
-        # Transformers compares every config with one built without arguments: no components, no weights
+        # Transformers compares every config with one built without arguments, which has neither components nor weights
         checked = check_mixture_weights(weights, count, self.allow_off_simplex) if count else torch.empty(0)
         if checked.ndim != 1:
             raise ValueError(f"A config holds one weight a component, got {weights!r}.")
@@ -359,7 +295,7 @@ class MixturePolicyConfig(PreTrainedConfig):
         if prefix == "component" and k.isdecimal() and int(k) < len(parts):
             return parts[int(k)]
         message = f"{type(self).__name__!r} object has no attribute {name!r}"
-        if name == "auto_map":  # TRL looks for it where a trainer is given the name of a model that it does not know
+        if name == "auto_map":  # TRL reads it when a trainer is given the name of a model of an unknown type
             message += (
                 ". This mixture came without code, and cannot be trained. A trainer that takes it as reference or teacher "
                 "needs the model, not its name: open it by `AutoModelForCausalLM.from_pretrained`."
@@ -375,7 +311,7 @@ class MixturePolicyConfig(PreTrainedConfig):
 
     @property
     def labels(self) -> list[str]:
-        """Names of the components: their labels where they have one, made unique, `policy_k` otherwise."""
+        """Unique names of the components: their labels, or `policy_k` for a component without one."""
         labels: list[str] = []
         for k, component in enumerate(self.components):
             label = component.label or f"policy_{k}"
@@ -387,7 +323,7 @@ class MixturePolicyConfig(PreTrainedConfig):
         """The part of each component's configuration that describes its text decoder."""
         return [config.get_text_config(decoder=True) for config in self.component_configs]
 
-    # The fields below describe the decoder that the mixture presents itself as; see `COMPUTED_FIELDS`.
+    # The fields below describe the mixture as one decoder; see `COMPUTED_FIELDS`.
 
     @property
     def num_hidden_layers(self) -> int:
@@ -416,7 +352,7 @@ class MixturePolicyConfig(PreTrainedConfig):
 
     @property
     def max_position_embeddings(self) -> int | None:
-        """The shortest context of the components that state one. Assigning sets it for all of these."""
+        """The shortest context length of the components that have one. Assigning sets it for all of these."""
         lengths = [getattr(config, "max_position_embeddings", None) for config in self.decoder_configs]
         return min((length for length in lengths if length is not None and math.isfinite(length)), default=None)
 
@@ -445,7 +381,9 @@ def _to_config(config: PreTrainedConfig | dict) -> PreTrainedConfig:
         try:
             config = AutoConfig.for_model(config.pop("model_type"), **config)
         except Exception as err:  # each architecture validates its fields in its own way
-            raise ValueError(f"The entry {given!r} of `component_configs` makes no sense: {err}") from err
+            raise ValueError(
+                f"The entry {given!r} of `component_configs` is not a valid configuration: {err}"
+            ) from err
     decoder = config.get_text_config(decoder=True)
     for name in ("vocab_size", "num_hidden_layers"):
         if not isinstance(value := getattr(decoder, name, None), int) or value < 1:

@@ -1,6 +1,7 @@
-"""Sharing a mixture on the Hub: what its config may refer to there, and one commit that holds all of it."""
+"""Pushing a mixture to the Hub: a config that others can open, and one commit with all of its files."""
 
 import copy
+import inspect
 import json
 import os
 import re
@@ -10,74 +11,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import PreTrainedModel
 
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig
+from .hub_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, COMMIT_HASH, resolve_commit
 from .model_card import add_tags, create_model_card, pictures_of, update_model_card
 
 
-COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-# What `save_pretrained(push_to_hub=True)` passes on, besides what saving itself understands.
-PUSH_ARGUMENTS = (
-    "repo_id",
-    "commit_message",
-    "commit_description",
-    "private",
-    "revision",
-    "create_pr",
-    "tags",
-    "pin_revisions",
-    "upload_adapters",
-)
-
-# Commits by repo id, and the branch, tag or commit that was asked for.
+# Commits by repo id and requested revision.
 Commits = dict[tuple[str, str | None], str]
 
 
-def explain_hub_error(err: BaseException, revision: str | None = None) -> str:
-    """What may have happened to a repository that does not answer, and what to do about it; empty for other errors."""
-    causes: list[BaseException] = []
-    while err is not None and err not in causes:
-        causes.append(err)
-        err = err.__cause__
-    for cause in causes:
-        if isinstance(cause, GatedRepoError):
-            return "The repository is gated: ask for access on its page, then log in with `hf auth login` or pass `token=...`. "
-        if isinstance(cause, RepositoryNotFoundError):
-            return (
-                "The repository has been deleted or renamed, or it is private and there is no token that may read it: log "
-                "in with `hf auth login` or pass `token=...`. "
-            )
-        if isinstance(cause, RevisionNotFoundError):
-            return f"The repository is there, but its revision {revision!r} is gone, as when its history was rewritten: refer to another one. "
-    return ""
-
-
-def cached_commit(
-    repo_id: str, filename: str, revision: str | None = None, cache_dir: str | os.PathLike | None = None
-) -> str | None:
-    """The commit that a file was last read at under this revision; `None` for files in folders."""
-    if os.path.isdir(repo_id):
-        return None
-    path = try_to_load_from_cache(repo_id, filename, cache_dir, revision)
-    # .../snapshots/<commit>/<filename>
-    found = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", path) if isinstance(path, str) else None
-    return found and found[1]
-
-
 def loaded_commits(model: PreTrainedModel) -> Commits:
-    """The commits that the components of a mixture in memory were loaded from."""
+    """The commits that the components of a mixture were loaded from."""
     commits: Commits = {}
     for component, handle in zip(model.config.components, model.policies):
         backbone = model.backbones[handle.backbone]
@@ -100,7 +48,7 @@ def pin_revisions(
         config ([`MixturePolicyConfig`]): the config. It stays as it is.
         token (`bool` or `str`, *optional*): token for private components.
         known (`Mapping[tuple[str, str | None], str]`, *optional*):
-            Commits by repo id and revision, where they are known. The Hub is asked for others.
+            Known commits by repo id and revision. Others are looked up on the Hub.
 
     Returns:
         [`MixturePolicyConfig`]
@@ -119,23 +67,13 @@ def pin_revisions(
 def _pin(component: MixtureComponent, commits: Commits, token: bool | str | None) -> MixtureComponent:
     for name, prefix in (("name_or_path", ""), ("adapter", "adapter_")):
         path, revision = getattr(component, name), getattr(component, f"{prefix}revision")
-        # what lies in the repository of the mixture goes by the revision of the mixture
+        # files in the mixture's own repository have the revision of the mixture
         if path is None or path.startswith("./") or _is_local(path) or COMMIT_HASH.fullmatch(revision or ""):
             continue
         if (path, revision) not in commits:
-            commits[path, revision] = _resolve(path, revision, token)
+            commits[path, revision] = resolve_commit(path, revision, token)
         component = replace(component, **{f"{prefix}revision": commits[path, revision]})
     return component
-
-
-def _resolve(repo_id: str, revision: str | None, token: bool | str | None) -> str:
-    try:
-        return HfApi().model_info(repo_id, revision=revision, token=token).sha
-    except (HfHubHTTPError, OfflineModeIsEnabled, ValueError) as err:
-        raise OSError(
-            f"The component {repo_id!r} cannot be pinned to a commit. {explain_hub_error(err, revision)}To refer to it "
-            f"without a commit all the same, pass `pin_revisions=False`. ({err})"
-        ) from err
 
 
 def _is_local(path: str | None) -> bool:
@@ -152,7 +90,7 @@ def check_pushable(config: MixturePolicyConfig, upload_adapters: bool = False) -
             Whether adapters in folders are uploaded with the mixture.
 
     Raises:
-        `ValueError`: naming every component that lives in a folder, and what can be done about each.
+        `ValueError`: with every component that is in a folder, and what can be done about it.
     """
     bases, adapters = [], []
     for name, component in _parts(config).items():
@@ -185,20 +123,20 @@ def _parts(config: MixturePolicyConfig) -> dict[str, MixtureComponent]:
 
 
 def carries_code(model: PreTrainedModel) -> bool:
-    """Whether a mixture came with the code of its class, or the class is registered (`register_for_auto_class`)."""
+    """Whether a mixture was loaded with its code, or its class is registered (`register_for_auto_class`)."""
     return model.is_remote_code() or "AutoModelForCausalLM" in (getattr(model.config, "auto_map", None) or {})
 
 
 @contextmanager
 def code_alongside(model: PreTrainedModel, wanted: bool | None = None) -> Iterator[None]:
     """
-    While it lasts, Transformers saves the code of a mixture's classes along with it, or does not.
+    A context in which Transformers saves the code of a mixture's classes with it, or does not.
 
-    Transformers does so for classes that are registered (`register_for_auto_class`), as those of mixtures that were opened
-    from such files are.
+    Transformers does so for registered classes (`register_for_auto_class`), such as those of mixtures that were loaded
+    with their code.
 
     Args:
-        model ([`MixturePolicyModel`]): the mixture. It and its classes are as before afterwards.
+        model ([`MixturePolicyModel`]): the mixture. It and its classes are restored afterwards.
         wanted (`bool`, *optional*):
             Whether to save the code. Defaults to [`carries_code`].
     """
@@ -231,15 +169,15 @@ def shared_config(
     upload_adapters: bool = False,
 ) -> Iterator[None]:
     """
-    While it lasts, the config of a mixture is what others can open, and may be saved into `folder` to be pushed.
+    A context in which the config of a mixture is one that others can open, to be saved into `folder` and pushed.
 
     Args:
-        model ([`MixturePolicyModel`]): the mixture. Its config is as before afterwards.
-        folder (`str` or `os.PathLike`): the folder that is going to be pushed. Adapters are copied there.
+        model ([`MixturePolicyModel`]): the mixture. Its config is restored afterwards.
+        folder (`str` or `os.PathLike`): the folder that will be pushed. Adapters are copied there.
         token (`bool` or `str`, *optional*): token for private components.
         pin (`bool`, *optional*, defaults to `True`): whether to pin components to commits.
         upload_adapters (`bool`, *optional*, defaults to `False`):
-            Whether to copy adapters that live in folders into `adapters/` of the folder.
+            Whether to copy adapters that are stored in folders into `adapters/` of `folder`.
     """
     config = model.config
     check_pushable(config, upload_adapters)
@@ -283,63 +221,113 @@ def _copy_adapter(component: MixtureComponent, target: str) -> None:
     if os.path.realpath(source) != os.path.realpath(target):
         os.makedirs(target, exist_ok=True)
         shutil.copyfile(os.path.join(source, ADAPTER_WEIGHTS), os.path.join(target, ADAPTER_WEIGHTS))
-    # it may have been trained over a copy in a folder, which nobody else has
+    # it may have been trained over a copy in a local folder
     adapter_config["base_model_name_or_path"] = component.name_or_path
     with open(os.path.join(target, ADAPTER_CONFIG), "w", encoding="utf-8") as file:
         json.dump(adapter_config, file, indent=2, sort_keys=True)
 
 
-def push_mixture(
-    model: PreTrainedModel,
-    repo_id: str,
-    *,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: bool | str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    max_shard_size: int | str | None = "50GB",
-    tags: list[str] | str | None = None,
-    pin: bool = True,
-    upload_adapters: bool = False,
-    with_code: bool | None = None,
-) -> CommitInfo:
-    """See [`MixturePolicyModel.push_to_hub`]. Everything is written and checked before the repository is made."""
-    api = HfApi()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        shared_config(model, folder, token, pin, upload_adapters),
-        code_alongside(model, with_code),
-    ):
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        card = _copy_card(model.name_or_path, folder)
-        repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        card = _model_card(model, card, repo_id, token)
-        add_tags(card, [*(model.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])])
-        card.save(os.path.join(folder, "README.md"))
-        if revision is not None and not revision.startswith("refs/pr") and not create_pr:
-            api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-        # one commit, however large: what others see is the mixture as it was, or as it is now
-        return api.create_commit(
-            repo_id,
-            operations=_additions(folder),
-            commit_message=commit_message or "Upload mixture",
-            commit_description=commit_description,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-        )
+class MixtureSharingMixin:
+    """The part of [`MixturePolicyModel`] that pushes to the Hub."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | str | None = None,
+        pin_revisions: bool = True,
+        upload_adapters: bool = False,
+        with_code: bool | None = None,
+    ) -> CommitInfo:
+        """
+        Uploads the mixture to the Hub, in one commit: its config with every component pinned to the commit that it was
+        loaded from, its generation config, and a model card where the repo has none. A mixture whose components were all
+        given in memory is uploaded whole.
+
+        Args:
+            repo_id (`str`):
+                The repo to push to; it is created where needed.
+            commit_message (`str`, *optional*, defaults to `"Upload mixture"`):
+                Message of the commit.
+            commit_description (`str`, *optional*):
+                Description of the commit.
+            private (`bool`, *optional*):
+                Whether to make the repo private when it is created.
+            token (`bool` or `str`, *optional*):
+                Token to write to the repo with. Defaults to the one stored by `hf auth login`.
+            revision (`str`, *optional*):
+                Branch to push to; it is created where needed.
+            create_pr (`bool`, *optional*, defaults to `False`):
+                Whether to open a pull request instead of committing.
+            max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`):
+                Largest file of weights, where there are any.
+            tags (`list[str]`, *optional*):
+                Further tags for the model card.
+            pin_revisions (`bool`, *optional*, defaults to `True`):
+                Whether to pin components to commits. Unpinned ones are loaded at the latest commit of their repos.
+            upload_adapters (`bool`, *optional*, defaults to `False`):
+                Whether to upload adapters that are stored in folders, into `adapters/` of the repo. Their bases must
+                be on the Hub.
+            with_code (`bool`, *optional*):
+                Whether to upload the code of this class too; see [`~MixturePolicyModel.save_pretrained`].
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`]
+
+        Raises:
+            `ValueError`: for components that are stored in folders of this machine.
+            `OSError`: for components that are to be pinned and not found on the Hub.
+        """
+        # everything is written and checked before the repository is created
+        api = HfApi()
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            shared_config(self, folder, token, pin_revisions, upload_adapters),
+            code_alongside(self, with_code),
+        ):
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            card = _copy_card(self.name_or_path, folder)
+            repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+            card = _model_card(self, card, repo_id, token)
+            add_tags(card, [*(self.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])])
+            card.save(os.path.join(folder, "README.md"))
+            if revision is not None and not revision.startswith("refs/pr") and not create_pr:
+                api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+            # one commit, however large, so that readers never see a part of the upload
+            return api.create_commit(
+                repo_id,
+                operations=_additions(folder),
+                commit_message=commit_message or "Upload mixture",
+                commit_description=commit_description,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+
+# The arguments of `push_to_hub` and their defaults, without `repo_id`, for code that passes them on.
+PUSH_ARGUMENTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(MixtureSharingMixin.push_to_hub).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+}
 
 
 def _copy_card(source: str, folder: str) -> ModelCard | None:
-    """The card in the folder that a mixture was opened from, if there is one; the pictures that it shows are copied."""
+    """The card in the folder that a mixture was loaded from, if any. Its pictures are copied into `folder`."""
     path = os.path.join(source, "README.md")
     if not source or not os.path.isfile(path):
         return None
     try:
         card = ModelCard.load(path)
-    except Exception as err:  # of the parser, or of what makes sense of the metadata
+    except Exception as err:  # raised by the YAML parser, or by the validation of the metadata
         raise ValueError(f"The metadata of the model card {path!r} cannot be read: {err}") from err
     for picture in pictures_of(card):
         if os.path.isfile(os.path.join(source, picture)):
@@ -349,7 +337,7 @@ def _copy_card(source: str, folder: str) -> ModelCard | None:
 
 
 def _model_card(model: PreTrainedModel, card: ModelCard | None, repo_id: str, token: bool | str | None) -> ModelCard:
-    """A card that somebody has written, or the one that the repository has, brought up to date; or a new one."""
+    """The given card, or the one in the repository, brought up to date; a new one where there is neither."""
     current = create_model_card(model.config, repo_id, with_code=carries_code(model), token=token)
     if card is None:
         try:

@@ -1,4 +1,4 @@
-"""Building a mixture from policies, and opening a saved one: describe everything, check everything, then load."""
+"""Building a mixture from policies, and loading a saved one: all components are checked before any is loaded."""
 
 import copy
 import os
@@ -18,15 +18,16 @@ from .component_loading import (
     check_adapter_type,
     check_decoder,
     compare_vocabularies,
-    hub_kwargs,
     resolve_relative,
 )
-from .configuration_mixture import MixtureComponent, MixturePolicyConfig, check_mixture_weights
+from .configuration_mixture import MixtureComponent, MixturePolicyConfig
+from .hub_files import Location, file_kwargs, hub_kwargs
+from .mixture_weights import check_mixture_weights
 
 
 @dataclass
 class _Entry:
-    """One policy on its way into a mixture: loaded already (`handle`), or described by its `component` only."""
+    """A future component of a mixture: in memory already (`handle`), or described by its `component` only."""
 
     component: MixtureComponent
     config: PreTrainedConfig
@@ -80,7 +81,7 @@ def build_mixture(
 def read_mixture_config(
     folder: str, config: PreTrainedConfig | str | None, kwargs: dict[str, Any]
 ) -> MixturePolicyConfig:
-    """The config of a saved mixture, checked; takes out of `kwargs` what overrides its fields."""
+    """Reads and checks the config of a saved mixture. Arguments that override its fields are removed from `kwargs`."""
     if not isinstance(config, PreTrainedConfig):
         names = ("mixture_weights", "allow_off_simplex")
         overrides = {name: kwargs.pop(name) for name in names if name in kwargs}
@@ -102,20 +103,22 @@ def _check_model_type(folder: str, model_type: str | None) -> None:
         )
 
 
-def open_mixture(cls, folder: str, config: MixturePolicyConfig, kwargs: dict[str, Any]):
-    """Loads the components that the config of a saved mixture refers to."""
+def load_mixture(cls, folder: str, config: MixturePolicyConfig, kwargs: dict[str, Any]):
+    """Loads a saved mixture: the components that its config refers to."""
     revision, subfolder = kwargs.pop("revision", None), kwargs.pop("subfolder", None)
     generation_config = kwargs.pop("generation_config", None)
     if generation_config is None:
         generation_config = _read_generation_config(folder, revision, subfolder, kwargs)
-    for name in ("attn_implementation", "experts_implementation"):  # the Auto classes leave them in the config
+    for name in ("attn_implementation", "experts_implementation"):  # the Auto classes put them into the config
         if (value := getattr(config, f"_{name}")) is not None:
             kwargs.setdefault(name, value)
     loader = ComponentLoader(_component_kwargs(kwargs))
     entries = []
     for label, component in zip(config.labels, config.components):
         if component.name_or_path is None:
-            raise ValueError(f"The component {label!r} of {folder!r} does not say where it lives (`name_or_path`).")
+            raise ValueError(
+                f"The component {label!r} of {folder!r} does not say where it is stored (`name_or_path`)."
+            )
         component = resolve_relative(component, folder, revision, subfolder)
         entries.append(_Entry(component, _read_policy_config(loader, component)))
     config = copy.deepcopy(config)
@@ -131,7 +134,7 @@ def open_mixture(cls, folder: str, config: MixturePolicyConfig, kwargs: dict[str
 
 
 def _component_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments for the components: what the Auto classes add for the mixture itself stays with the mixture."""
+    """The arguments for the components: those that the Auto classes add for the mixture itself are removed."""
     own = ("trust_remote_code", "code_revision", "adapter_kwargs", "_from_auto", "_commit_hash", "_from_pipeline")
     passed_on = {name: value for name, value in kwargs.items() if name not in own}
     for_components = passed_on.pop("component_kwargs", {})
@@ -139,7 +142,7 @@ def _component_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _expand(cls, policy: Policy, loader: ComponentLoader) -> list[_Entry]:
-    """The components that a policy stands for: itself, or those of a mixture."""
+    """The components of a policy: those of a mixture, or the policy itself."""
     if isinstance(policy, nn.Module):
         return _expand_module(policy, loader)
     component = as_component(policy, **hub_kwargs(loader.load_kwargs))
@@ -151,8 +154,8 @@ def _expand(cls, policy: Policy, loader: ComponentLoader) -> list[_Entry]:
             f"The adapter {component.adapter!r} lies over the mixture {component.name_or_path!r}, not a model."
         )
     if any(inner.name_or_path is None for inner in config.components):
-        location = {"revision": component.revision, "subfolder": component.subfolder or ""}
-        return _expand_module(cls.from_pretrained(component.name_or_path, **location, **loader.load_kwargs), loader)
+        model = cls.from_pretrained(component.name_or_path, **component.location.kwargs, **loader.load_kwargs)
+        return _expand_module(model, loader)
     location = (component.name_or_path, component.revision, component.subfolder)
     inner = [resolve_relative(c, *location) for c in config.components]
     return [_Entry(c, _read_policy_config(loader, c), weight) for c, weight in zip(inner, config.mixture_weights)]
@@ -219,12 +222,14 @@ def _assemble(
 ):
     loader.assign([entry.component for entry in entries], config.reference)
     handles = [entry.handle or loader.load(entry.component) for entry in entries]
-    # the config as loaded knows more than the one on file, such as the dtype and the attention implementation
+    # a loaded config has more than the saved one, such as the dtype and the attention implementation
     config.component_configs = [loader.backbones[handle.backbone].config for handle in handles]
     config.dtype = loader.backbones[handles[0].backbone].dtype
     attention = {component._attn_implementation for component in config.component_configs}
     if len(attention) == 1:
-        config._attn_implementation = {"": attention.pop()}  # its own: those of components, and of their parts, stay
+        config._attn_implementation = {
+            "": attention.pop()
+        }  # of the mixture only: that of the components, and of their parts, stays
     model = cls(config, loader.backbones, handles, reference, loader.load_kwargs)
     first = loader.backbones[handles[0].backbone]
     model.generation_config = copy.deepcopy(first.generation_config)
@@ -234,9 +239,8 @@ def _assemble(
 def _read_generation_config(
     folder: str, revision: str | None, subfolder: str | None, kwargs: dict[str, Any]
 ) -> GenerationConfig | None:
-    location = {"revision": revision, "subfolder": subfolder or ""}
-    location |= {k: v for k, v in hub_kwargs(kwargs).items() if k != "trust_remote_code"}
+    location = Location(folder, revision, subfolder)
     try:
-        return GenerationConfig.from_pretrained(folder, **location)
+        return GenerationConfig.from_pretrained(folder, **location.kwargs, **file_kwargs(kwargs))
     except OSError:
-        return None  # a mixture without one generates as its first component does
+        return None  # a mixture without one has that of its first component

@@ -1,8 +1,8 @@
 """
-Keys and values of all components in one stock cache, and the states of recurrent ones.
+Keys and values of all components, and the states of recurrent ones, in one cache of Transformers.
 
-A mixture presents itself to `generate()` as one decoder with the layers of all its components, so the cache that
-`generate()` builds, reorders, crops or resets is an ordinary one. Each component gets a view of its own layers.
+To `generate()` a mixture is one decoder with the layers of all its components, so that the cache which `generate()`
+builds, reorders, crops or resets is an ordinary one. Each component gets a view of its own layers.
 """
 
 from collections.abc import Sequence
@@ -16,19 +16,19 @@ from .compat import CACHE_NAME, is_recurrent
 
 class ComponentCacheView(Cache):
     """
-    The layers `start` to `stop` of a cache, seen as a cache of their own.
+    The layers `start` to `stop` of a cache as a cache of their own.
 
     Args:
         parent (`Cache`): the cache that owns the layers.
-        start (`int`): index of the first layer of the view.
-        stop (`int`): index behind its last layer.
+        start (`int`): index of the first layer.
+        stop (`int`): index after the last layer.
     """
 
     def __init__(self, parent: Cache, start: int, stop: int):
         super().__init__(layers=parent.layers[start:stop])
         self.parent = parent
         self.start = start
-        # whether some layers have a state of fixed size, and whether all of them have nothing else
+        # whether some layers hold a state of fixed size, and whether all of them hold nothing else
         self.has_states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
         self.is_recurrent = self.has_states and is_recurrent(self)
 
@@ -41,8 +41,8 @@ class ComponentCacheView(Cache):
 
 class StepCache(Cache):
     """
-    The cache of a mixture for one call, with views that were made outside of compiled code, which would have to look at
-    every layer at every step to be sure of what they say.
+    The cache of a mixture for one call, with views made outside of compiled code. Views made inside would add a guard
+    for every layer, to be evaluated at every step.
 
     Args:
         cache (`Cache`): the cache of the mixture.
@@ -58,10 +58,10 @@ class StepCache(Cache):
 
 def check_cache(cache: Cache) -> None:
     """
-    Refuses what cannot hold the keys and values of a mixture.
+    Refuses a cache that cannot hold the keys and values of a mixture.
 
     Raises:
-        `ValueError`: when it is no cache of a decoder, or was filled by a model that is not a mixture.
+        `ValueError`: when it is not the cache of a decoder, or was filled by a model that is not a mixture.
     """
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise ValueError(
@@ -83,13 +83,13 @@ def is_filled(cache: Cache) -> bool:
 
 def check_room(cache: Cache, rows: int, input_length: int | None, total_length: int) -> None:
     """
-    Refuses a cache that does not fit what is to be generated.
+    Refuses a cache that does not fit the sequences to be generated.
 
     Args:
-        cache (`Cache`): a cache that the user of `generate()` gave.
+        cache (`Cache`): the cache that was passed to `generate()`.
         rows (`int`): the number of sequences to generate.
-        input_length (`int`, *optional*): the number of tokens of the input, those that the cache holds among them.
-        total_length (`int`): the number of tokens that keys and values are needed for in the end.
+        input_length (`int`, *optional*): the number of tokens of the input, including those in the cache.
+        total_length (`int`): the number of tokens that the cache must hold in the end.
 
     Raises:
         `ValueError`: when the cache is too short, too full, or of another batch.
@@ -97,15 +97,15 @@ def check_room(cache: Cache, rows: int, input_length: int | None, total_length: 
     if is_recurrent(cache):
         if is_filled(cache):
             raise ValueError(
-                "All components of this mixture are recurrent, and their states do not tell how many tokens of the input "
-                "they have seen, so that `generate` cannot go on from them. Start from a new cache."
+                "All components of this mixture are recurrent, and their states do not record how many tokens of the input "
+                "they have seen, so that `generate` cannot continue from them. Start from a new cache."
             )
         return
     filled = cache.get_seq_length()
     if filled and input_length is not None and filled >= input_length:
         raise ValueError(
-            f"This cache holds {filled} tokens already, but the input has {input_length}. Go on with an input that begins "
-            "with the tokens in the cache and has new ones behind them, or start from a new cache."
+            f"This cache holds {filled} tokens already, but the input has {input_length}. Continue with an input that begins "
+            "with the tokens in the cache, followed by new ones, or start from a new cache."
         )
     keys = (getattr(layer, "keys", None) for layer in cache.layers)
     held = next((len(states) for states in keys if states is not None and states.numel()), rows) if filled else rows
@@ -124,14 +124,16 @@ def check_room(cache: Cache, rows: int, input_length: int | None, total_length: 
 
 def bind_cache(cache: Cache, active: Sequence[int], layer_counts: Sequence[int]) -> tuple[int, ...]:
     """
-    Makes a cache hold the layers of the components that run, and remembers which they are.
+    Binds a cache to the components that run: it keeps the layers of these only.
 
-    Components of weight zero do not run, so their layers would stay empty and the cache would misreport its length.
-    A cache keeps the components that it was first used with: fewer may count later, others have no keys and values.
+    Components of weight zero do not run, so their layers would stay empty and the cache would misreport its length. A
+    cache stays bound to the components that it was first used with. Later calls may give weight to fewer of them, but
+    not to others, which have no keys and values in it.
 
     Args:
-        cache (`Cache`): a cache with one layer for each layer of all components, or one that grows as it is filled.
-        active (`Sequence[int]`): the components whose weight is not zero.
+        cache (`Cache`):
+            A cache with a layer for each layer of all components, or one that adds layers as it is filled.
+        active (`Sequence[int]`): the components with nonzero weight.
         layer_counts (`Sequence[int]`): the number of layers of every component.
 
     Returns:
@@ -169,7 +171,7 @@ def bind_cache(cache: Cache, active: Sequence[int], layer_counts: Sequence[int])
 def component_views(
     cache: Cache, components: Sequence[int], layer_counts: Sequence[int]
 ) -> dict[int, ComponentCacheView]:
-    """A view of every component's layers in a cache that holds the layers of `components`, one after another."""
+    """A view for each component, in a cache that holds the layers of `components` one after another."""
     if isinstance(cache, StepCache):
         return cache.views
     views, start = {}, 0

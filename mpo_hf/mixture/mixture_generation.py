@@ -1,4 +1,4 @@
-"""What `generate()` does differently for a mixture: weights of a call, and clear words where a mode makes no sense."""
+"""What `generate()` does differently for a mixture: weights for one call, and errors for unsupported modes."""
 
 import functools
 from typing import Any
@@ -15,13 +15,13 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
 from .compat import CACHE_NAME, CACHE_NAMES, has_recurrent_layers, pick_cache
-from .component_running import positions_from_mask
-from .configuration_mixture import check_mixture_weights, prune_mixture_weights
 from .mixture_cache import bind_cache, check_cache, check_room
+from .mixture_inputs import positions_from_mask
+from .mixture_weights import check_mixture_weights, prune_mixture_weights
 from .stacked_cache import prepare_step
 
 
-# Options of a generation config that need something a mixture has not, and what to do instead.
+# Options of a generation config that need something which a mixture does not have, and what to do instead.
 REFUSED_OPTIONS = {
     "assistant_early_exit": "the first layers of a mixture are no model; draft with `assistant_model=model.policy(k)`",
     "use_mtp": "a mixture has no multi-token prediction heads; draft with `assistant_model=model.policy(k)`",
@@ -51,7 +51,7 @@ class MixtureGenerationMixin(GenerationMixin):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if any(name in model_kwargs for name in CACHE_NAMES):
             model_kwargs[CACHE_NAME] = pick_cache(model_kwargs, "MixturePolicyModel.generate")
-        # weights in a generation config are those of the call; they must not reach an assistant, which is handed the config
+        # weights in a generation config are for this call only, and not for an assistant, which gets the config too
         weights = generation_config.__dict__.pop("mixture_weights", None)
         if weights is not None:
             model_kwargs["mixture_weights"] = weights
@@ -72,7 +72,7 @@ class MixtureGenerationMixin(GenerationMixin):
             raise ValueError(NO_PAGED_CACHE)
         if "offloaded" in cache and self.device.type == "cpu":
             raise ValueError(
-                f"`cache_implementation={cache!r}` keeps what an accelerator computes in the memory of the CPU, but this "
+                f"`cache_implementation={cache!r}` moves keys and values from an accelerator to the CPU, but this "
                 "mixture runs on the CPU. Leave it out."
             )
         if generation_config.prefill_chunk_size:
@@ -94,24 +94,24 @@ class MixtureGenerationMixin(GenerationMixin):
     def _check_chunks(self, size: int) -> None:
         if set(self.config.layer_types) == {"linear_attention"}:
             raise ValueError(
-                f"`prefill_chunk_size={size}` needs a cache that tells how many tokens it holds, which the states of "
+                f"`prefill_chunk_size={size}` needs a cache that records how many tokens it holds, which the states of "
                 "recurrent components do not. Leave it out."
             )
         if size == 1 and has_recurrent_layers(self.config):
             raise ValueError(
-                "`prefill_chunk_size=1`: recurrent components take no mask with a single token, so that padding would count "
-                "as text. Make the chunks larger."
+                "`prefill_chunk_size=1`: recurrent components ignore the mask of a single token, so that padding would count "
+                "as text. Use larger chunks."
             )
 
     def _get_static_cache_init_shape(self):
-        # states of recurrent components have no heads; their layers are made when they are first used
+        # states of recurrent components have no heads; their layers are initialized at their first use
         return None if has_recurrent_layers(self.config) else super()._get_static_cache_init_shape()
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs) -> None:
         assistant = generation_mode_kwargs.get("assistant_model")
         if any(assistant is backbone for backbone in self.backbones):
             if assistant.config.get_text_config().vocab_size != self.config.vocab_size:
-                # Transformers would take it for a model with another tokenizer, and prune the head that the mixture uses
+                # Transformers would treat it as a model with another tokenizer, and prune the mixture's head
                 raise ValueError(
                     f"The assistant is a component of this mixture, with token ids beyond the {self.config.vocab_size} that "
                     "all components have in common. Pass it as `assistant_model=model.policy(k)`, without tokenizers."
@@ -165,13 +165,13 @@ class MixtureGenerationMixin(GenerationMixin):
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
         weights = (model_kwargs or {}).get("mixture_weights")
         for processor in processors:
-            # guidance runs the model once more, which must be the same mixture
+            # guidance runs the model a second time, which must be with the same weights
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) and processor.model is self:
                 processor.model = functools.partial(self, mixture_weights=weights)
         return processors
 
     def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
-        # the weights of a call are the target's; an assistant has its own, or none
+        # the weights of a call are for the target; an assistant has its own, or none
         model_kwargs = {name: value for name, value in model_kwargs.items() if name != "mixture_weights"}
         return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 
@@ -179,9 +179,10 @@ class MixtureGenerationMixin(GenerationMixin):
     def create_masks_for_generate(
         config: PreTrainedConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
     ) -> torch.Tensor | None:
-        # Every component builds the masks of its own layers from the 2D mask. That has the length of the cache from the
-        # start, for compiled code to find the same shape at every step; what has not come yet is masked by causality.
-        # Not for several tokens at once if layers are recurrent: these take the end of the mask for that of the tokens.
+        # Every component builds the masks of its own layers from the 2D mask. It is padded to the length of the cache,
+        # so that compiled code sees one shape at all steps; positions that are still empty are masked by causality.
+        # Not for several tokens at once with recurrent layers, which take the last columns of the mask for those of
+        # the tokens.
         if attention_mask is None or (inputs_embeds.shape[1] > 1 and has_recurrent_layers(config)):
             return attention_mask
         to_come = pick_cache(kwargs, "create_masks_for_generate").get_max_length() - attention_mask.shape[1]
@@ -190,7 +191,7 @@ class MixtureGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, is_first_iteration: bool | None = False, **kwargs
     ) -> dict[str, Any]:
-        # no `inputs_embeds` among the arguments: a mixture has no one table of embeddings
+        # no `inputs_embeds` among the arguments: each component has embeddings of its own
         cache = pick_cache(kwargs, "MixturePolicyModel.prepare_inputs_for_generation")
         if cache is not None:
             kwargs[CACHE_NAME] = cache
@@ -198,10 +199,10 @@ class MixtureGenerationMixin(GenerationMixin):
         if is_first_iteration:
             inputs["input_ids"] = self._ids_for_all(inputs["input_ids"], kwargs.get("attention_mask"))
         else:
-            # rows that have ended go on with padding under mask 1, be it an id that not all components have
+            # finished rows are continued with padding, with 1 in the mask, even if some component has no such id
             foreign = inputs["input_ids"] >= self.config.vocab_size
             inputs["input_ids"] = inputs["input_ids"].masked_fill(foreign, 0)
-        # by the mask as it was given: that for a static cache is padded
+        # from the mask as it was given: the one for a static cache is padded
         inputs["position_ids"] = positions_from_mask(
             inputs.get("position_ids"), kwargs.get("attention_mask"), inputs["input_ids"].shape[1]
         )
@@ -214,8 +215,8 @@ class MixtureGenerationMixin(GenerationMixin):
         self, inputs: dict[str, Any], cache: Cache, is_first_iteration: bool | None
     ) -> torch.Tensor:
         """
-        Checked weights as a tensor that compiled code takes as they are: it cannot look into them, and would be compiled
-        again for every number. Which components run it reads from the cache, and its stacks are made here.
+        Checked weights as a tensor. Compiled code cannot read its values, and would be recompiled for every new Python
+        number. It takes the components to run from the cache; their stacks are made here.
         """
         weights, rows = inputs.get("mixture_weights"), len(inputs["input_ids"])
         if is_first_iteration or not hasattr(cache, "mixture_components"):
@@ -223,7 +224,7 @@ class MixtureGenerationMixin(GenerationMixin):
             active, views = self._views(cache, active)
             if is_first_iteration and cache.is_initialized:  # chunks of a prompt may be compiled too
                 self._prepare_steps(active, views, rows)
-        elif weights is None:  # the model's own may be assigned at any time
+        elif weights is None:  # the model's own weights may have been changed since the last step
             bind_cache(cache, self._weights_for(None, rows)[1], cache.mixture_layer_counts)
         dtype = torch.promote_types(self.dtype, torch.float32)
         weights = torch.as_tensor(self.config.mixture_weights if weights is None else weights, dtype=dtype)

@@ -3,14 +3,12 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.repocard import metadata_load
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig
+from .hub_files import COMMIT_HASH, License, Location, is_repo, read_license
 
 
 CITATION = """@inproceedings{wang2025mpo,
@@ -21,7 +19,7 @@ CITATION = """@inproceedings{wang2025mpo,
     url       = {https://arxiv.org/abs/2502.18699}
 }"""
 
-# What lies between such comments is written anew when the card is pushed again; everything else is its author's.
+# Text between such comments is rewritten when the card is pushed again; the rest belongs to its author.
 SECTION = "<!-- mpo_hf: {name} -->{text}<!-- mpo_hf: end of {name} -->"
 
 TEMPLATE = """---
@@ -65,27 +63,8 @@ model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```"""
 
-# Repositories and their revisions, with what their cards say about the licence.
-Licenses = dict[tuple[str, str | None], "License | None"]
-
-
-@dataclass(frozen=True)
-class License:
-    """
-    The licence of a repository, by the names that the Hub's metadata has for it.
-
-    Args:
-        license (`str`): identifier, such as `"apache-2.0"`; `"other"` for those that have none.
-        license_name (`str`, *optional*): name of a licence without an identifier.
-        license_link (`str`, *optional*): where that licence is.
-    """
-
-    license: str
-    license_name: str | None = None
-    license_link: str | None = None
-
-    def __str__(self) -> str:
-        return self.license_name or self.license
+# Licenses by repository or folder; its subfolders share one card.
+Licenses = dict[Location, License | None]
 
 
 def create_model_card(
@@ -98,8 +77,8 @@ def create_model_card(
     token: bool | str | None = None,
 ) -> ModelCard:
     """
-    The model card of a mixture: its components with their revisions and licences, its weights, how to load it and, where
-    it was fitted, what the objectives reach.
+    The model card of a mixture: its components with their revisions and licenses, its weights, how to load it and,
+    after a fit, the mean rewards.
 
     Args:
         config ([`MixturePolicyConfig`]): the mixture.
@@ -108,15 +87,16 @@ def create_model_card(
             Mean reward of every objective, for one or more policies: `{"fitted mixture": {"helpful": 0.3}}`. A pair is a
             mean and its standard error.
         plot (`str`, *optional*): path of a picture of the fit, relative to the card.
-        note (`str`, *optional*): what the rewards are, and how they were measured.
-        with_code (`bool`, *optional*, defaults to `False`): whether the code of the mixture lies beside the card.
+        note (`str`, *optional*): a description of the rewards, and of how they were measured.
+        with_code (`bool`, *optional*, defaults to `False`): whether the code of the mixture is in the same repo.
         token (`bool` or `str`, *optional*): token to read the components' cards with.
 
     Returns:
         [`~huggingface_hub.ModelCard`].
     """
     licenses = read_licenses(config, token)
-    base_models = sorted({path for path, _ in _places(config) if _is_repo(path) and path != name})
+    paths = {location.name_or_path for location in _places(config)}
+    base_models = sorted(path for path in paths if is_repo(path) and path != name)
     shared = _shared_license(config, licenses)
     data = ModelCardData(
         library_name="transformers",
@@ -143,7 +123,7 @@ def update_model_card(card: ModelCard, current: ModelCard) -> None:
     Brings a card that somebody may have edited up to date: its metadata, and the sections that are written by `mpo_hf`.
 
     Args:
-        card (`ModelCard`): the card. What its author has written stays as it is.
+        card (`ModelCard`): the card. Text by its author is kept.
         current (`ModelCard`): the card of the mixture as it is now, as [`create_model_card`] makes it.
     """
     for name in ("policies", "loading"):
@@ -151,7 +131,7 @@ def update_model_card(card: ModelCard, current: ModelCard) -> None:
         text = section.search(current.text)[0]
         card.text = section.sub(lambda _, text=text: text, card.text)
     for name, value in vars(current.data).items():
-        # what follows from the components is as it is now; everything else is for the author to say
+        # fields that follow from the components are updated; the others belong to the author
         if name.startswith("base_model") or card.data.get(name) is None:
             card.data[name] = value
     add_tags(card, current.data.tags)
@@ -164,63 +144,52 @@ def add_tags(card: ModelCard, tags: list[str]) -> None:
 
 
 def pictures_of(card: ModelCard) -> list[str]:
-    """Paths of the pictures that a card shows, as far as they lie in its own folder."""
+    """Paths of the pictures in a card that are in its own folder."""
     shown = re.findall(r"!\[[^\]]*\]\(([^)\s]+)", card.text)
     paths = [os.path.normpath(path) for path in shown if ":" not in path]
     return [path for path in paths if not path.startswith("..") and not os.path.isabs(path)]
 
 
-# ---- licences ----
+# ---- licenses ----
 
 
 def read_licenses(config: MixturePolicyConfig, token: bool | str | None = None) -> Licenses:
-    """What the cards of a mixture's components, and of its reference, say about their licences; `None` where it is unknown."""
+    """The licenses of a mixture's components, and of its reference, according to their cards; `None` where unknown."""
     licenses: Licenses = {}
     offline = False
     for place in _places(config, with_reference=True):
         if place not in licenses:
             try:
-                licenses[place] = _read_license(*place, token, offline)
+                licenses[place] = read_license(place, token, local_files_only=offline)
             except LocalEntryNotFoundError:
-                licenses[place], offline = None, True  # there is no connection: it is not tried again and again
+                licenses[place], offline = None, True  # no connection: the Hub is not asked again
             except Exception:  # no card, a broken one, or one that may not be read
                 licenses[place] = None
     return licenses
 
 
-def _read_license(path: str, revision: str | None, token: bool | str | None, offline: bool) -> License | None:
-    if _is_repo(path):
-        card = hf_hub_download(path, "README.md", revision=revision, token=token, local_files_only=offline)
-    else:
-        card = os.path.join(path, "README.md")
-    metadata = metadata_load(card) or {}
-    license = metadata.get("license")
-    # the Hub takes lists from datasets only
-    if not isinstance(license, str) or license == "unknown":
-        return None
-    return License(license, metadata.get("license_name"), metadata.get("license_link"))
-
-
 def _shared_license(config: MixturePolicyConfig, licenses: Licenses) -> License | None:
-    """The licence of the mixture: that of its components, if all have the same one."""
+    """The license of the mixture: that of its components, if all have the same one."""
     found = {licenses[place] for place in _places(config)}
     whole = any(component.name_or_path is None for component in config.components)
     return found.pop() if len(found) == 1 and not whole else None
 
 
-def _places(config: MixturePolicyConfig, with_reference: bool = False) -> list[tuple[str, str | None]]:
-    """Where the components come from, base and adapter apart, and their revisions."""
+def _places(config: MixturePolicyConfig, with_reference: bool = False) -> list[Location]:
+    """The repositories and folders that the components come from, base and adapter apart."""
     components = [*config.components, *([config.reference] if with_reference and config.reference else [])]
     parts = [part for component in components for part in _parts(component)]
-    return [(path, revision) for path, revision, _ in parts if path is not None]
+    return [_place_of(location) for location in parts if location is not None]
 
 
-def _parts(component: MixtureComponent) -> list[tuple[str | None, str | None, str | None]]:
-    """Path, revision and subfolder of the adapter, if there is one, and of what it lies over."""
-    parts = [(component.name_or_path, component.revision, component.subfolder)]
-    if component.adapter is not None:
-        parts.insert(0, (component.adapter, component.adapter_revision, component.adapter_subfolder))
-    return parts
+def _place_of(location: Location) -> Location:
+    """The whole repository or folder that a location is in, at its revision."""
+    return Location(location.name_or_path, location.revision)
+
+
+def _parts(component: MixtureComponent) -> list[Location | None]:
+    """Where the adapter lies, if there is one, and the model; `None` for a model in memory."""
+    return [*filter(None, [component.adapter_location]), component.location]
 
 
 # ---- sections ----
@@ -232,13 +201,15 @@ def _section(name: str, text: str) -> str:
 
 def _holds(config: MixturePolicyConfig, name: str) -> str:
     if all(component.name_or_path is None for component in config.components):
-        return "This repository holds the components whole."
+        return "This repository holds the weights of all components."
     if any(component.adapter is not None and _is_inside(component.adapter, name) for component in config.components):
         return (
-            "This repository holds a configuration and adapters: what they lie over, and other components, are loaded\n"
-            "from where they live."
+            "This repository holds a configuration and adapters: their bases, and the other components, are loaded\n"
+            "from their own repositories."
         )
-    return "This repository holds a configuration and no weights: the components are\nloaded from where they live."
+    return (
+        "This repository holds a configuration and no weights: the components are\nloaded from their own repositories."
+    )
 
 
 def _loading(config: MixturePolicyConfig, name: str, with_code: bool) -> str:
@@ -250,19 +221,9 @@ def _loading(config: MixturePolicyConfig, name: str, with_code: bool) -> str:
     return text
 
 
-def _is_inside(path: str | None, name: str) -> bool:
-    """Whether a path leads into the repository that the card is of."""
-    return path is None or path.startswith("./") or path == name
-
-
-def _is_repo(path: str) -> bool:
-    if os.path.isabs(path) or path.startswith(".") or os.path.isdir(path):
-        return False
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        return False
-    return True
+def _is_inside(path: str, name: str) -> bool:
+    """Whether a path leads into the repository that the card belongs to."""
+    return path.startswith("./") or path == name
 
 
 def _component_table(config: MixturePolicyConfig, name: str, licenses: Licenses) -> str:
@@ -276,11 +237,14 @@ def _component_table(config: MixturePolicyConfig, name: str, licenses: Licenses)
 
 def _component_cells(component: MixtureComponent, name: str, licenses: Licenses) -> list[str]:
     parts = _parts(component)
-    revisions = [_revision(path, revision) for path, revision, _ in parts]
+    revisions = [_revision(part) for part in parts]
     cells = [
-        ["in this repository" if _is_inside(path, name) else _link(path, subfolder) for path, _, subfolder in parts],
+        [
+            "in this repository" if part is None or _is_inside(part.name_or_path, name) else _link(part)
+            for part in parts
+        ],
         revisions if any(revision != "-" for revision in revisions) else ["-"],
-        [str(licenses.get((path, revision)) or "unknown") for path, revision, _ in parts],
+        [str((part and licenses.get(_place_of(part))) or "unknown") for part in parts],
     ]
     return [" over ".join(cell) for cell in cells]
 
@@ -290,17 +254,19 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
-def _link(path: str, subfolder: str | None) -> str:
-    # a folder of the author's machine means nothing to a reader
-    link = f"[{path}](https://huggingface.co/{path})" if _is_repo(path) else f"`{os.path.basename(path.rstrip('/'))}`"
+def _link(location: Location) -> str:
+    path, subfolder = location.name_or_path, location.subfolder
+    # the path of a local folder means nothing to a reader
+    link = f"[{path}](https://huggingface.co/{path})" if is_repo(path) else f"`{os.path.basename(path.rstrip('/'))}`"
     return f"{link}, `{subfolder}`" if subfolder else link
 
 
-def _revision(path: str | None, revision: str | None) -> str:
-    if revision is None or path is None or not _is_repo(path):
+def _revision(location: Location | None) -> str:
+    revision = location and location.revision
+    if revision is None or not is_repo(location.name_or_path):
         return revision or "-"
-    short = revision[:7] if re.fullmatch(r"[0-9a-f]{40}", revision) else revision
-    return f"[{short}](https://huggingface.co/{path}/tree/{revision})"
+    short = revision[:7] if COMMIT_HASH.fullmatch(revision) else revision
+    return f"[{short}](https://huggingface.co/{location.name_or_path}/tree/{revision})"
 
 
 def _fit_section(
@@ -318,7 +284,7 @@ def _fit_section(
         rows = [["mean reward of", *names], ["---"] * (len(names) + 1)]
         rows += [[policy, *(_mean(values[name]) for name in names)] for policy, values in rewards.items()]
         lines += [*(["", note] if note else []), "", _table(rows)]
-    # the weights may change later, which the rewards do not follow
+    # the weights may be changed later, the rewards stay those of the fit
     lines += ["", f"The weights of the mixture at that time: {weights}."]
     if plot:
         lines += ["", f"![Mixture weights during the fit]({plot})"]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -23,12 +22,14 @@ from .compat import (
     without_peft,
 )
 from .component_loading import ComponentLoader, Policy, PolicyHandle, is_by_component
-from .component_running import ComponentRunningMixin, execution_device
-from .configuration_mixture import MixtureComponent, MixturePolicyConfig, check_mixture_weights
-from .hub import PUSH_ARGUMENTS, code_alongside, push_mixture
-from .mixture_building import build_mixture, open_mixture, read_mixture_config
+from .component_running import ComponentRunningMixin
+from .configuration_mixture import MixtureComponent, MixturePolicyConfig
+from .hub import PUSH_ARGUMENTS, MixtureSharingMixin, code_alongside
+from .mixture_building import build_mixture, load_mixture, read_mixture_config
 from .mixture_cache import StepCache
 from .mixture_generation import MixtureGenerationMixin
+from .mixture_inputs import execution_device
+from .mixture_weights import check_mixture_weights
 from .pooled_head import PooledBackbone, PooledHead
 from .pooling import log_linear_pool, rule_out_implausible
 from .presets import PresetMixin
@@ -39,25 +40,27 @@ from .stacked_models import ModelStacks
 logger = logging.get_logger(__name__)
 
 
-class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMixin, PreTrainedModel):
+class MixturePolicyModel(
+    PresetMixin, MixtureSharingMixin, MixtureGenerationMixin, ComponentRunningMixin, PreTrainedModel
+):
     r"""
     A log-linear mixture of causal language models, \\(\pi(v|s) \propto \prod_k \pi_k(v|s)^{\lambda_k}\\) at every step: the
     decoding rule of [Mixing Preference Optimization](https://huggingface.co/papers/2502.18699).
 
-    Open one with [`~MixturePolicyModel.from_policies`] or, once saved, with
-    [`~transformers.AutoModelForCausalLM.from_pretrained`]. Components that are adapters over one base share a single copy
-    of it. Saving writes a config that says where the components live, and no weights; a mixture of models that were all
-    given in memory is saved like any other model.
+    Create one with [`~MixturePolicyModel.from_policies`] or load a saved one with
+    [`~transformers.AutoModelForCausalLM.from_pretrained`]. Components that are adapters over one base share a single
+    copy of it. Saving writes a config that says where the components are stored, and no weights; a mixture whose
+    models were all given in memory is saved like any other model.
 
     Args:
         config ([`MixturePolicyConfig`]):
-            The configuration. Without `backbones`, randomly initialised components are built from it.
+            The configuration. Without `backbones`, randomly initialized components are built from it.
         backbones (`list[nn.Module]`, *optional*):
             Loaded models, each shared by one or more policies.
         policies (`list[PolicyHandle]`, *optional*):
-            Which backbone, with which adapter, every component runs on. Defaults to a backbone for each component.
+            The backbone and the adapter of every component. Defaults to one backbone for each component.
         reference (`PolicyHandle`, *optional*):
-            Where the reference policy runs, if it is in memory.
+            The backbone and the adapter of the reference policy, if it is in memory.
         load_kwargs (`dict`, *optional*):
             Arguments for `from_pretrained` of a reference that is loaded later.
 
@@ -108,7 +111,7 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
             backbones = [AutoModelForCausalLM.from_config(c) for c in config.component_configs]
         if not backbones:
             raise ValueError("A mixture needs at least one component; see `MixturePolicyModel.from_policies`.")
-        # direct children, because tied weights and the like are collected from those only
+        # direct children, as Transformers collects tied weights and parallelism plans from those only
         self._num_backbones = 0
         for backbone in backbones:
             self._add_backbone(backbone)
@@ -117,15 +120,15 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
             raise ValueError(f"Got {len(self.policies)} policies for a config of {len(config.components)} components.")
         self._reference_handle = reference
         self._load_kwargs = load_kwargs or {}
-        # whether adapters over one base run side by side where they can, and full models, whose weights move for it
+        # whether adapters over one base run side by side where possible, and full models, which moves their weights
         self.stack_adapters, self.stack_models = True, False
         self._stacks: dict[int, AdapterStacks] = {}
         self._model_stacks = ModelStacks()
-        # given the components that run and their logits one after another, passes these on
+        # given the active components and their logits in order, returns the logits to pool
         self.component_hook: Callable[[Sequence[int], Iterator[torch.Tensor]], Iterator[torch.Tensor]] | None = None
         self.pooled_head = PooledHead(self)
         self._fits_weights_only = False
-        # as Transformers asks it of a model: whether drafted tokens cannot be taken back
+        # read by Transformers: whether drafted tokens cannot be taken back
         self._is_stateful = any(getattr(without_peft(backbone), "_is_stateful", False) for backbone in backbones)
         self.post_init()
 
@@ -135,17 +138,17 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
 
     @property
     def backbones(self) -> list[nn.Module]:
-        """The models in memory. Adapters over one base share one of them."""
+        """The models in memory. Adapters over one base share a model."""
         return [getattr(self, f"backbone_{i}") for i in range(self._num_backbones)]
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs belong: the device of the first weights that are not offloaded."""
+        """The device for inputs: that of the first weights that are not offloaded."""
         return next((d for b in self.backbones if (d := execution_device(b)).type != "meta"), torch.device("meta"))
 
     @property
     def hf_device_map(self) -> dict[str, Any]:
-        """Where the parts of the components are, when they are not all on one device; otherwise there is none."""
+        """The devices of the parts of the components; there is no such attribute when all are on one device."""
         if "_dispatched" in self.__dict__:
             return self._dispatched
         parts: dict[str, Any] = {}
@@ -154,11 +157,11 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
             parts |= {f"backbone_{i}.{name}".rstrip("."): device for name, device in own.items()}
         if len(set(map(str, parts.values()))) < 2:
             raise AttributeError("hf_device_map")
-        return dict(sorted(parts.items(), key=lambda part: part[1] == "disk"))  # pipelines compute on the first device
+        return dict(sorted(parts.items(), key=lambda part: part[1] == "disk"))  # pipelines run on the first device
 
     @hf_device_map.setter
     def hf_device_map(self, parts: dict[str, Any]) -> None:
-        # Accelerate says so of a mixture that is loaded from one checkpoint
+        # set by Accelerate for a mixture that is loaded from one checkpoint
         self._dispatched = parts
 
     def to(self, *args, **kwargs) -> "MixturePolicyModel":
@@ -176,7 +179,7 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
         if self._built_from_config:
             super().init_weights()
         else:
-            # models in memory come initialised and tied; PEFT's wrapper passes on tied names without its own prefix
+            # models in memory are initialized and tied; PEFT's wrapper passes on tied names without its own prefix
             self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
@@ -200,8 +203,8 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
     @property
     def reference_policy(self) -> "MixturePolicyModel | None":
         """
-        The reference policy as a model of its own, which shares its weights with this one where it can; `None` when
-        the mixture has no reference. It is loaded when it is first asked for.
+        The reference policy as a model of its own, which shares its weights with this one where possible; `None` when
+        the mixture has no reference. It is loaded at first use.
         """
         if self._reference_handle is None and self.config.reference is not None:
             self._reference_handle = self._load_reference()
@@ -231,7 +234,7 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
         for handle, component in zip(self.policies, self.config.components):
             loader.share(component, handle.backbone)
         handle = loader.load(self.config.reference)
-        # an adapter wraps the base that it is put on, so known backbones may have changed too
+        # loading an adapter wraps its base, so that earlier backbones may have been replaced
         for i, backbone in enumerate(loader.backbones):
             if i < self._num_backbones:
                 setattr(self, f"backbone_{i}", backbone)
@@ -260,33 +263,34 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                Token ids, which mean the same to all components.
+                Token ids, from the vocabulary that all components have in common.
             attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
                 0 for padding, 1 elsewhere.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Positions. Derived from `attention_mask` when they are not given.
             cache (`Cache`, *optional*):
-                Keys, values and other states of all components, as this model returned them.
+                Keys, values and other states of all components, as returned by this model.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Labels of the language modelling loss of the mixture; -100 is ignored.
+                Labels for the language modeling loss of the mixture; -100 is ignored.
             use_cache (`bool`, *optional*):
                 Whether to return the cache.
             output_attentions (`bool`, *optional*):
                 Whether to return the attentions of the components that run, one component's layers after another's.
             output_hidden_states (`bool` or `list[int]`, *optional*):
-                Whether to return the hidden states of the components that run, one after another, or which of them.
+                Whether to return the hidden states of the components that run, one after another; or the indices of
+                those to return.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                How many last positions to compute logits for, or which; 0 for all.
+                Number of last positions to compute logits for, or the positions; 0 for all.
             mixture_weights (`torch.Tensor` of shape `(K,)` or `(batch_size, K)`, *optional*):
                 Weights for this call, or for each row of it, instead of the model's own.
             return_dict (`bool`, *optional*):
                 Whether to return a [`~transformers.modeling_outputs.CausalLMOutputWithPast`] instead of a tuple.
             past_key_values (`Cache`, *optional*):
-                The cache, as Transformers called it before version 5.24.
+                The name of `cache` before version 5.24 of Transformers.
 
         Returns:
             [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: `logits` are the pooled log-probabilities
-            Σ λ_k log π_k in float32, not renormalised: their `softmax` is the mixture, their `logsumexp` is log Z.
+            Σ λ_k log π_k in float32, not renormalized: their `softmax` is the mixture, their `logsumexp` is log Z.
         """
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache
@@ -339,8 +343,8 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
         cache: Cache | None = None,
     ) -> tuple[Sequence[float | torch.Tensor], Sequence[int]]:
         """
-        Checked weights of one call, by component, and the components that have weight. Which components run must be known
-        without waiting for a device, and for the model's own weights without looking into a tensor.
+        Checked weights for one call, by component, and the components with nonzero weight. The latter must be known
+        without a device synchronization; for the model's own weights no tensor is read.
         """
         config = self.config
         if mixture_weights is None:
@@ -352,7 +356,7 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
             torch.compiler.is_compiling()
             and isinstance(mixture_weights, torch.Tensor)
             and hasattr(cache, "mixture_components")
-        ):  # compiled code cannot look into a tensor; what filled the cache did
+        ):  # compiled code cannot read the values of a tensor; the prompt that filled the cache was not compiled
             return mixture_weights.unbind(-1), cache.mixture_components
         weights = check_mixture_weights(mixture_weights, len(self.policies), config.allow_off_simplex)
         if config.plausibility and (weights[..., 0] <= 0).any():
@@ -367,15 +371,15 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
         Puts the mixture into training mode.
 
         Raises:
-            `ValueError`: for a mixture whose components live elsewhere: their weights are not saved with it, so what is
-                trained would be lost. Adapters put over the mixture as a whole may be trained.
+            `ValueError`: for a mixture whose components are referred to: their weights are not saved with it, so that
+                training would be lost. Adapters over the mixture as a whole may be trained.
         """
         elsewhere = any(component.name_or_path is not None for component in self.config.components)
         if mode and elsewhere and not self._fits_weights_only and not hasattr(self, "peft_config"):
             raise ValueError(
-                "A mixture is saved as references to its components, so nothing in it can be trained. Fit its weights with "
-                "`MPOTrainer`, train a policy before it is mixed, or distil the mixture: train one model with it as the "
-                "teacher."
+                "A mixture is saved as references to its components, so their weights cannot be trained in it. Fit the "
+                "mixture weights with `MPOTrainer`, train a policy before it is mixed, or distill the mixture: train one "
+                "model with it as the teacher."
             )
         return super().train(mode)
 
@@ -386,12 +390,12 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
         self.backbones[self.policies[0].backbone].set_input_embeddings(value)
 
     def get_output_embeddings(self) -> PooledHead:
-        """The heads of the components as one linear layer, which takes the hidden states of `base_model`."""
+        """The heads of the components as one linear layer over the hidden states of `base_model`."""
         return self.pooled_head
 
     @property
     def base_model(self) -> PooledBackbone:
-        """The components without their heads, as one model; TRL's trainers run it in place of `forward`."""
+        """The components without their heads as one model, which TRL's trainers run in place of `forward`."""
         return PooledBackbone(self)
 
     def resize_token_embeddings(self, *args, **kwargs):
@@ -420,7 +424,7 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
             policies (`Sequence`):
                 The policies, each one of: a repo id or folder of a causal language model or of a PEFT adapter; a
                 dictionary or [`MixtureComponent`] with its revision, subfolder, adapter and so on; a model in memory.
-                Mixtures among them are flattened: a mixture of mixtures is a mixture.
+                Mixtures among them are flattened into their components.
             weights (`Sequence[float]`, *optional*):
                 Mixture weights, one a policy, >= 0 with sum 1. Defaults to uniform weights.
             reference (*optional*):
@@ -428,15 +432,15 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
             labels (`Sequence[str]`, *optional*):
                 Names of the objectives, one a policy.
             vocab_size (`int`, *optional*):
-                How many leading token ids all policies have in common. Found by comparing their tokenizers, so it is
-                needed only for models in memory whose sizes differ.
+                Number of leading token ids that all policies have in common. It is found by comparing their
+                tokenizers, and needed only for models in memory whose vocabularies differ in size.
             allow_off_simplex (`bool`, *optional*, defaults to `False`):
-                Accept negative weights and other sums than 1.
+                Whether to accept negative weights and sums other than 1.
             kwargs:
-                Arguments of every component's `from_pretrained`: `dtype`, `device_map`, `token` and so on. What differs
-                between components, `revision` first of all, belongs into their dictionaries. `attn_implementation`,
-                `device_map`, `dtype` and `quantization_config` may be dictionaries, with the component k under the key
-                `component_k`.
+                Arguments of every component's `from_pretrained`: `dtype`, `device_map`, `token` and so on. Those that
+                differ between components, such as `revision`, belong in their dictionaries. `attn_implementation`,
+                `device_map`, `dtype` and `quantization_config` may be dictionaries with the value for component k
+                under the key `component_k`.
 
         Returns:
             [`MixturePolicyModel`], in evaluation mode.
@@ -466,20 +470,21 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs):
         r"""
-        Opens a saved mixture: reads its config, then loads every component from where it lives.
+        Loads a saved mixture: reads its config, then loads every component from its own folder or repo.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`):
                 Repo id or folder of the mixture.
             kwargs:
-                `revision` and `subfolder` say where the mixture's config is. Other arguments go to every component's
-                `from_pretrained`, `trust_remote_code` excepted: trust in the code of a mixture's repo is not trust in
-                that of every repo it names. To extend it, pass `component_kwargs={"trust_remote_code": True}`.
+                `revision` and `subfolder` locate the mixture's config. Other arguments go to every component's
+                `from_pretrained`, except `trust_remote_code`: trusting the code in a mixture's repo does not imply
+                trusting that of every repo it refers to. To trust these too, pass
+                `component_kwargs={"trust_remote_code": True}`.
 
         Returns:
             [`MixturePolicyModel`], in evaluation mode.
         """
-        if pretrained_model_name_or_path is None:  # weights come as a `state_dict`
+        if pretrained_model_name_or_path is None:  # the weights are passed as a `state_dict`
             return super().from_pretrained(None, *model_args, **kwargs)
         folder = os.fspath(pretrained_model_name_or_path)
         config = read_mixture_config(folder, kwargs.pop("config", None), kwargs)
@@ -489,7 +494,7 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
             return super().from_pretrained(folder, *model_args, config=config, **kwargs)
         output_loading_info = kwargs.pop("output_loading_info", False)
         attention = _take_attention_by_component(kwargs)
-        model = open_mixture(cls, folder, config, kwargs)
+        model = load_mixture(cls, folder, config, kwargs)
         if attention:
             model.set_attn_implementation(attention)
         if output_loading_info:
@@ -498,22 +503,25 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, with_code: bool | None = None, **kwargs) -> None:
         """
-        Saves the mixture's config and generation config. Components are referred to, their weights are not written;
-        only a mixture whose components were all given in memory is written whole, like any other model.
+        Saves the mixture's config and generation config. Components are saved as references, without their weights;
+        only a mixture whose components were all given in memory is saved whole, like any other model.
 
         Args:
             save_directory (`str` or `os.PathLike`): folder to save to; it is created where needed.
             with_code (`bool`, *optional*):
-                Whether to save the code of this class too, so that the mixture opens by
-                [`~transformers.AutoModelForCausalLM.from_pretrained`] with `trust_remote_code=True` where mpo_hf is not
-                installed. Defaults to whether the mixture was opened from files that came with code.
+                Whether to save the code of this class too, so that
+                [`~transformers.AutoModelForCausalLM.from_pretrained`] with `trust_remote_code=True` loads the mixture
+                where mpo_hf is not installed. Defaults to whether the mixture was loaded with its code.
             kwargs: see [`~transformers.PreTrainedModel.save_pretrained`]. With `push_to_hub=True`, arguments of
                 [`~MixturePolicyModel.push_to_hub`] too; `repo_id` defaults to the name of the folder.
 
         Raises:
-            `ValueError`: when some components live in memory only and others do not.
+            `ValueError`: when some components, but not all, were given in memory.
         """
-        push_kwargs = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
+        names = [name for name in ("repo_id", *PUSH_ARGUMENTS) if name in kwargs]
+        push_kwargs = {name: kwargs[name] for name in names}
+        for name in set(names) - {"token", "max_shard_size"}:  # these two are also arguments of saving
+            del kwargs[name]
         push = kwargs.pop("push_to_hub", False) and kwargs.get("is_main_process", True)
         in_memory = [label for label, c in zip(self.config.labels, self.config.components) if c.name_or_path is None]
         with code_alongside(self, with_code):
@@ -521,89 +529,16 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
                 self._save_whole(save_directory, **kwargs)
             elif in_memory:
                 raise ValueError(
-                    f"The components {in_memory} were given in memory, so that a config cannot say where they live. Save "
+                    f"The components {in_memory} were given in memory, so that a config cannot refer to them. Save "
                     "them, and mix them by their folders or repo ids."
                 )
             else:
-                # an empty state dict: stock saving writes the configs, and no weights
+                # with an empty state dict, only the configs are written
                 with no_progress_bar():
                     super().save_pretrained(save_directory, **{**kwargs, "state_dict": {}})
         if push:
             push_kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
-            push_kwargs["with_code"] = with_code
-            shared = {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
-            self.push_to_hub(**push_kwargs, **shared)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str | None = "50GB",
-        tags: list[str] | str | None = None,
-        pin_revisions: bool = True,
-        upload_adapters: bool = False,
-        with_code: bool | None = None,
-    ) -> CommitInfo:
-        """
-        Uploads the mixture to the Hub, in one commit: its config with every component pinned to the commit that it was
-        loaded from, its generation config, and a model card where the repo has none. A mixture whose components were all
-        given in memory is uploaded whole.
-
-        Args:
-            repo_id (`str`):
-                The repo to push to; it is created where needed.
-            commit_message (`str`, *optional*, defaults to `"Upload mixture"`):
-                Message of the commit.
-            commit_description (`str`, *optional*):
-                Description of the commit.
-            private (`bool`, *optional*):
-                Whether to make the repo private when it is created.
-            token (`bool` or `str`, *optional*):
-                Token to write to the repo with. Defaults to the one stored by `hf auth login`.
-            revision (`str`, *optional*):
-                Branch to push to; it is created where needed.
-            create_pr (`bool`, *optional*, defaults to `False`):
-                Whether to open a pull request instead of committing.
-            max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`):
-                Largest file of weights, where there are any.
-            tags (`list[str]`, *optional*):
-                Further tags for the model card.
-            pin_revisions (`bool`, *optional*, defaults to `True`):
-                Whether to pin components to commits. Unpinned ones are whatever their repos hold when they are loaded.
-            upload_adapters (`bool`, *optional*, defaults to `False`):
-                Whether to upload adapters that live in folders into `adapters/` of the repo. Their bases must be on the
-                Hub.
-            with_code (`bool`, *optional*):
-                Whether to upload the code of this class too; see [`~MixturePolicyModel.save_pretrained`].
-
-        Returns:
-            [`~huggingface_hub.CommitInfo`]
-
-        Raises:
-            `ValueError`: for components that live in folders of this machine.
-            `OSError`: for components that are not found on the Hub when they are to be pinned.
-        """
-        return push_mixture(
-            self,
-            repo_id,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            max_shard_size=max_shard_size,
-            tags=tags,
-            pin=pin_revisions,
-            upload_adapters=upload_adapters,
-            with_code=with_code,
-        )
+            self.push_to_hub(**push_kwargs, with_code=with_code)
 
     def _save_whole(self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs) -> None:
         used = [handle.backbone for handle in self.policies]
@@ -625,7 +560,7 @@ class MixturePolicyModel(PresetMixin, MixtureGenerationMixin, ComponentRunningMi
 
 
 def _take_attention_by_component(kwargs: dict[str, Any]) -> dict[str, str]:
-    """Takes an `attn_implementation` for `component_k` out of arguments that are meant for all components alike."""
+    """Removes an `attn_implementation` by component from the arguments that apply to all components alike."""
     by_component = isinstance(kwargs.get("attn_implementation"), dict)
     return kwargs.pop("attn_implementation") if by_component else {}
 

@@ -1,39 +1,35 @@
 r"""
-A mixture seen as one backbone under one linear head, for trainers that never build the logits.
+A mixture as one backbone with one linear head, for trainers that never materialize the logits.
 
-TRL's trainers multiply the last hidden states by the weight of the output embeddings themselves, some tokens at a time. Up
-to a constant of each position, which no softmax sees, the pooled log-probabilities are linear in the hidden states:
+TRL's trainers multiply the last hidden states by the weight of the output embeddings themselves, in chunks of tokens.
+Up to a constant at each position, to which softmax is invariant, the pooled log-probabilities are linear in the hidden
+states:
 
 $$ \sum_k \lambda_k \log \pi_k(v) = \sum_k \lambda_k (W_k h_k + b_k)_v + \text{const} $$
 
-So the weighted hidden states side by side are those of one model, whose head is the heads side by side. Components that
-share their head, as adapters over one base do, have their weighted hidden states added up instead.
+So the concatenated weighted hidden states are those of one model, whose head is the concatenation of the heads. The
+weighted hidden states of components that share a head, as adapters over one base do, are summed instead.
 """
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from .compat import without_peft
-
-
-if TYPE_CHECKING:
-    from .modeling_mixture import MixturePolicyModel
+from .component_running import ComponentRunningMixin
 
 
 class PooledHead(nn.Linear):
     """
-    The output embeddings of a mixture: the heads of its components side by side. It has no parameters of its own.
+    The output embeddings of a mixture: the concatenated heads of its components. It has no parameters of its own.
 
     Args:
         mixture ([`MixturePolicyModel`]): the mixture.
     """
 
-    _is_hf_initialized = True  # there is nothing to initialise
+    _is_hf_initialized = True  # there is nothing to initialize
 
-    def __init__(self, mixture: "MixturePolicyModel"):
+    def __init__(self, mixture: ComponentRunningMixin):
         nn.Module.__init__(self)
         # not a submodule: the mixture is the parent
         object.__setattr__(self, "mixture", mixture)
@@ -41,12 +37,12 @@ class PooledHead(nn.Linear):
 
     @property
     def linears(self) -> list[nn.Linear]:
-        """The heads of the components that have weight, each of them once."""
+        """The distinct heads of the components with nonzero weight."""
         return list(dict.fromkeys(self.linear_of(k) for k in self.active))
 
     @property
     def active(self) -> list[int]:
-        """The components that have weight."""
+        """The components with nonzero weight."""
         return [k for k, weight in enumerate(self.mixture.config.mixture_weights) if weight != 0]
 
     def linear_of(self, k: int) -> nn.Linear:
@@ -55,7 +51,7 @@ class PooledHead(nn.Linear):
         if not isinstance(head, nn.Linear):
             raise ValueError(
                 f"{self._component(k)} has a {type(head).__module__}.{type(head).__name__} as output embeddings. Trainers that "
-                "never build the logits need a plain linear layer, without an adapter: merge the adapter into its base."
+                "never materialize the logits need a plain linear layer, without an adapter: merge the adapter into its base."
             )
         return head
 
@@ -79,13 +75,11 @@ class PooledHead(nn.Linear):
         return self.mixture.config.vocab_size
 
     def check(self) -> None:
-        """Refuses, at the first call, a mixture whose logits are not those of linear heads."""
+        """Refuses a mixture whose logits are not linear in its hidden states. Checked at the first call only."""
         if self._checked:
             return
         if self.mixture.config.plausibility:
-            raise ValueError(
-                "A mixture with `plausibility` has logits of -inf, and is no linear head on hidden states."
-            )
+            raise ValueError("A mixture with `plausibility` has logits of -inf, which no linear head gives.")
         ids = torch.arange(min(8, self.out_features), device=self.mixture.device)[None]
         training = self.mixture.training
         self.mixture.eval()  # dropout would make a difference
@@ -102,9 +96,9 @@ class PooledHead(nn.Linear):
         error = (expected[..., : self.out_features] - logits.to(expected.device)).abs().max()
         if error > 8 * torch.finfo(expected.dtype).eps * logits.abs().max():
             raise ValueError(
-                f"{self._component(k)} does more than a linear layer to get from its last hidden states to its logits: they "
-                f"differ by up to {error:.3g} (soft-capping, or scaled logits?). Trainers that never build the logits "
-                "cannot take such a mixture. Of TRL's, GKDTrainer builds them."
+                f"{self._component(k)} applies more than a linear layer to its last hidden states: its logits "
+                f"differ from theirs by up to {error:.3g} (soft-capping, or scaled logits?). Trainers that never materialize the "
+                "logits cannot take such a mixture. TRL's GKDTrainer does materialize them."
             )
 
     def _component(self, k: int) -> str:
@@ -114,15 +108,15 @@ class PooledHead(nn.Linear):
 
 class PooledBackbone:
     """
-    The `base_model` of a mixture: gives the hidden states that [`PooledHead`] takes.
+    The `base_model` of a mixture, which returns the hidden states for [`PooledHead`].
 
     Args:
         mixture ([`MixturePolicyModel`]): the mixture.
     """
 
-    _tp_plan = _pp_plan = None  # PreTrainedModel asks for them
+    _tp_plan = _pp_plan = None  # read by PreTrainedModel
 
-    def __init__(self, mixture: "MixturePolicyModel"):
+    def __init__(self, mixture: ComponentRunningMixin):
         self.mixture = mixture
 
     def __call__(
@@ -132,7 +126,7 @@ class PooledBackbone:
         position_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> BaseModelOutput:
-        """Takes what a mixture takes. Always returns the hidden states of all positions, and never keys and values."""
+        """Takes the arguments of a mixture. Returns the hidden states of all positions, and no cache."""
         mixture, head = self.mixture, self.mixture.get_output_embeddings()
         head.check()
         inputs = mixture._inputs_for_all(input_ids, attention_mask, position_ids)
@@ -140,13 +134,13 @@ class PooledBackbone:
         pooled: dict[nn.Linear, torch.Tensor | float] = dict.fromkeys(linears, 0.0)
         for k in head.active:
             hidden, weight = last_hidden_state(mixture, k, inputs), mixture.config.mixture_weights[k]
-            # added up in float32: half precision would round once more than the components do
+            # summed in float32: half precision would round once more than the components do
             term = weight * hidden.to(torch.promote_types(hidden.dtype, torch.float32))
             pooled[head.linear_of(k)] = pooled[head.linear_of(k)] + term
         return BaseModelOutput(last_hidden_state=torch.cat([h.to(linears[0].weight) for h in pooled.values()], dim=-1))
 
 
-def last_hidden_state(mixture: "MixturePolicyModel", k: int, inputs: dict) -> torch.Tensor:
-    """What the head of component `k` is given: `(batch_size, sequence_length, hidden_size)`."""
+def last_hidden_state(mixture: ComponentRunningMixin, k: int, inputs: dict) -> torch.Tensor:
+    """The input of component `k`'s head, of shape `(batch_size, sequence_length, hidden_size)`."""
     backbone, inputs = mixture._ready_policy(k, inputs)
     return without_peft(backbone).base_model(**inputs, use_cache=False).last_hidden_state

@@ -1,4 +1,4 @@
-"""Log-linear pooling of next-token distributions: the pure tensor maths of a mixture of policies."""
+"""Log-linear pooling of next-token distributions: the tensor operations of a mixture of policies."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 
-# Numbers that are worked on at a time where nothing is differentiated: beside its result, pooling takes the memory of a
-# few as many, whatever the batch and the vocabulary. More would not be faster, on a CPU they would leave its cache.
-AT_A_TIME = {"cpu": 2**18, "other": 2**24}
+# Elements that are processed at a time where no gradients are needed: apart from its result, pooling needs memory for
+# a small multiple of them, whatever the batch size and the vocabulary. Larger ones are not faster.
+CHUNK_NUMEL = {"cpu": 2**18, "other": 2**24}
 
 
 def log_linear_pool(logits: Iterable[torch.Tensor], weights: torch.Tensor | Sequence[float]) -> torch.Tensor:
@@ -19,18 +19,18 @@ def log_linear_pool(logits: Iterable[torch.Tensor], weights: torch.Tensor | Sequ
 
     $$ \ell(v) = \sum_k \lambda_k \log \pi_k(v) $$
 
-    which is **not** renormalised: `softmax` of the result is the mixed next-token distribution, and its `logsumexp`
-    is \\(\log Z\\), the factor by which token-level mixing departs from the sequence-level mixture
+    which is **not** renormalized: `softmax` of the result is the mixed next-token distribution, and its `logsumexp`
+    is \\(\log Z\\), the log of the factor by which token-level mixing differs from the sequence-level mixture
     \\(\prod_k \pi_k(y)^{\lambda_k}\\) of [Mixing Preference Optimization](https://huggingface.co/papers/2502.18699).
 
     Args:
         logits (`Iterable[torch.Tensor]`):
-            K tensors of one shape `(batch_size, ..., vocab_size)`, normalised or not. They are taken one after
-            another, so that a generator never holds more than one of them.
+            K tensors of one shape `(batch_size, ..., vocab_size)`, normalized or not. They are consumed one by one, so
+            that with a generator no more than one is in memory.
         weights (`torch.Tensor` or `Sequence[float]`):
-            Mixture weights, of shape `(K,)`, or `(batch_size, K)` for weights of each row's own. A weight of zero
-            takes its component out entirely, also where that component's log-probability is `-inf`. Numbers need not be
-            brought to the device of the logits, as a tensor is.
+            Mixture weights, of shape `(K,)`, or `(batch_size, K)` for weights by row. A weight of zero removes its
+            component entirely, also where that component's log-probability is `-inf`. A tensor is copied to the device
+            of the logits, which numbers do not need.
 
     Returns:
         `torch.Tensor`: pooled log-probabilities in float32 (float64 for float64 logits), of the shape of one
@@ -69,7 +69,7 @@ def _is_differentiated(*tensors: torch.Tensor | float | None) -> bool:
 
 
 def _weighted_logps(logits: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
-    """Weighted log-probabilities; 0 * -inf is NaN, but a component of weight zero has no say."""
+    """Weighted log-probabilities. A weight of zero gives zeros, where 0 * -inf would be NaN."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logps = torch.log_softmax(logits, dim=-1, dtype=dtype)
     if isinstance(weight, torch.Tensor):
@@ -81,7 +81,7 @@ def _weighted_logps(logits: torch.Tensor, weight: torch.Tensor | float) -> torch
 def _add_weighted_logps(
     pooled: torch.Tensor | None, logits: torch.Tensor, weight: torch.Tensor | float
 ) -> torch.Tensor:
-    """Adds weighted log-probabilities to `pooled`, or begins it, some rows at a time."""
+    """Adds weighted log-probabilities to `pooled`, or to a new tensor, in chunks of rows."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     begins = pooled is None
     pooled = logits.new_empty(logits.shape, dtype=dtype) if begins else pooled
@@ -98,8 +98,8 @@ def _add_weighted_logps(
 
 
 def row_parts(logits: torch.Tensor) -> Iterator[tuple[int | slice, ...]]:
-    """Indices of parts of a tensor: whole rows of its last dimension, as many as are worked on at a time."""
-    yield from _parts(logits.shape, AT_A_TIME["cpu" if logits.device.type == "cpu" else "other"])
+    """Indices that split a tensor into chunks of whole rows of its last dimension."""
+    yield from _parts(logits.shape, CHUNK_NUMEL["cpu" if logits.device.type == "cpu" else "other"])
 
 
 def _parts(shape: torch.Size, size: int) -> Iterator[tuple[int | slice, ...]]:
@@ -121,7 +121,7 @@ def rule_out_implausible(logits: Iterable[torch.Tensor], plausibility: float) ->
     token to which the first component gives less than `plausibility` times the probability of its most likely token gets
     `-inf` from the first component.
 
-    The other components' logits pass unchanged. The first weight must be positive.
+    The logits of the other components are unchanged. The first weight must be positive.
 
     Args:
         logits (`Iterable[torch.Tensor]`): K tensors of shape `(batch_size, ..., vocab_size)`.
@@ -146,7 +146,7 @@ def log_normalizer(pooled_logps: torch.Tensor) -> torch.Tensor:
     [`log_linear_pool`].
 
     It is at most 0 for weights on the simplex, and 0 only where all components agree. Summed over the tokens of a
-    completion it is the log of the importance weight that takes token-level mixing to the sequence-level mixture.
+    completion, it is the log of the importance weight of the sequence-level mixture relative to token-level mixing.
 
     Args:
         pooled_logps (`torch.Tensor`): pooled log-probabilities of shape `(..., vocab_size)`.

@@ -6,7 +6,7 @@ from .component_loading import Policy
 
 
 class PresetMixin:
-    """Constructors of [`MixturePolicyModel`] for decoding rules that are mixtures under another name."""
+    """Constructors of [`MixturePolicyModel`] for decoding rules that are special cases of mixtures."""
 
     @classmethod
     def from_realignment(cls, reference: Policy, aligned: Policy, strength: float = 1.0, **kwargs: Any):
@@ -18,7 +18,8 @@ class PresetMixin:
             reference: the policy that `aligned` was trained from; as in [`~MixturePolicyModel.from_policies`].
             aligned: the aligned policy.
             strength (`float`, *optional*, defaults to 1.0):
-                0 is the reference, 1 the aligned policy; between them less, above 1 more alignment than was trained.
+                0 is the reference, 1 the aligned policy; values between them give less alignment than was trained,
+                above 1 more.
             kwargs: see [`~MixturePolicyModel.from_policies`].
         """
         kwargs = {"reference": reference, "labels": ["reference", "aligned"], **kwargs}
@@ -31,7 +32,7 @@ class PresetMixin:
     ):
         r"""
         [Proxy tuning](https://huggingface.co/papers/2401.08565) (Liu et al., 2024): a large `base` steered by the
-        difference that tuning made to a small model, \\(\pi_{base} (\pi_{expert} / \pi_{anti})^{s}\\).
+        effect of tuning on a small model, \\(\pi_{base} (\pi_{expert} / \pi_{anti})^{s}\\).
 
         Args:
             base: the large, untuned policy; as in [`~MixturePolicyModel.from_policies`].
@@ -54,11 +55,11 @@ class PresetMixin:
 
         Args:
             expert: the strong policy; as in [`~MixturePolicyModel.from_policies`].
-            amateur: the weak policy whose preferences are taken away.
-            penalty (`float`, *optional*, defaults to 0.5): how much of them.
+            amateur: the weak policy, whose preferences are subtracted.
+            penalty (`float`, *optional*, defaults to 0.5): strength of the subtraction.
             plausibility (`float`, *optional*, defaults to 0.1):
-                Tokens to which the expert gives less than this fraction of its most likely token's probability are ruled
-                out; without that, tokens that neither policy would choose win by their ratio.
+                Tokens below this fraction of the expert's highest probability are excluded. Otherwise tokens that are
+                unlikely under both policies could win by their ratio.
             kwargs: see [`~MixturePolicyModel.from_policies`].
         """
         kwargs = {"labels": ["expert", "amateur"], **kwargs}

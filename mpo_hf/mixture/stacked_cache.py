@@ -23,18 +23,17 @@ _STACKABLE = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidin
 
 class StackedCacheView(Cache):
     """
-    The layers of several components of equal architecture, seen as one cache whose rows are theirs, one block after
-    another.
+    The layers of several components of equal architecture as one cache, with their rows as blocks.
 
-    Every component's layers stay its own, and ordinary ones. While nobody else changes them, their keys are parts of one
-    tensor, so that a step need not gather them.
+    The layers of each component remain ordinary layers of its own. Until they are changed elsewhere, their keys are
+    views of one tensor, so that a step need not gather them.
 
     Args:
         views (`Sequence[Cache]`): the cache of each component, with equally many layers.
     """
 
     def __init__(self, views: Sequence[Cache]):
-        super().__init__(layers=views[0].layers)  # in length and masks the components do not differ
+        super().__init__(layers=views[0].layers)  # length and masks are the same for all components
         self.views = views
         self.blocks = list(_side_by_side(views))
 
@@ -57,15 +56,15 @@ class StackedCacheView(Cache):
 
 class JoinedStaticLayer(StaticLayer):
     """
-    A static layer of several components as one, whose rows are theirs, one block after another. Keys, values and length
-    of every component's own layer are parts of those here, so that either may be updated, and the other knows.
+    A static layer of several components as one, with their rows as blocks. Keys, values and length of every
+    component's own layer are views of the tensors here, so that an update of either is seen by both.
 
     Args:
-        layers (`Sequence[StaticLayer]`): the layer of each component, whose keys are parts of one tensor.
+        layers (`Sequence[StaticLayer]`): the layer of each component, whose keys are views of one tensor.
     """
 
     def __init__(self, layers: Sequence[StaticLayer]):
-        super(StaticLayer, self).__init__()  # without a length of its own
+        super(StaticLayer, self).__init__()  # skips the length that StaticLayer would create
         first = layers[0]
         self.keys, self.values = _shared(layers)
         self.lengths = torch.stack([layer.cumulative_length for layer in layers])
@@ -80,15 +79,15 @@ class JoinedStaticLayer(StaticLayer):
         return self.lengths[0]
 
     def update(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        states = StaticLayer.update(self, *args, **kwargs)  # `super` would be guarded for each layer
+        states = StaticLayer.update(self, *args, **kwargs)  # `super()` would add a guard for each layer
         self.lengths[1:].copy_(self.lengths[0])
         return states
 
 
 class JoinedStaticCache(Cache):
     """
-    The layers of several components as one cache, for as long as nobody gives them other keys: reordering does. A copy is not
-    joined.
+    The layers of several components as one cache. It is valid until the keys of a layer are replaced, as by
+    reordering. The layers of a copy are not joined.
 
     Args:
         starts (`tuple[int, ...]`): index of every component's first layer in the cache of the mixture.
@@ -107,7 +106,13 @@ class JoinedStaticCache(Cache):
     def is_of(self, cache: Cache) -> bool:
         """Whether a cache still holds the layers that were joined, with the same keys."""
         layers = cache.layers
-        for i, layer, keys, values, length in self._parts:  # at every step, so not by `all` of a generator
+        for (
+            i,
+            layer,
+            keys,
+            values,
+            length,
+        ) in self._parts:  # a loop, as `all` of a generator is too slow for every step
             if layers[i] is not layer or layer.keys is not keys or layer.values is not values:
                 return False
             if layer.cumulative_length is not length:
@@ -115,18 +120,18 @@ class JoinedStaticCache(Cache):
         return True
 
 
-# The joined caches of a cache, by their starts; not a field of it, as exporters take fields for outputs of the model.
+# The joined caches of a cache, by their starts. Not an attribute: exporters treat these as outputs of the model.
 _JOINED: WeakKeyDictionary[Cache, dict[tuple[int, ...], JoinedStaticCache]] = WeakKeyDictionary()
 
 
 class JoinedView(ComponentCacheView):
     """
-    A component's layers, of which it is known for one call that they are joined with those of others.
+    The layers of a component, known to be joined with those of others during one call.
 
     Args:
         parent (`Cache`): the cache that owns the layers.
-        start (`int`): index of the first layer of the view.
-        stop (`int`): index behind its last layer.
+        start (`int`): index of the first layer.
+        stop (`int`): index after the last layer.
         joined (`JoinedStaticCache`): the joined layers.
     """
 
@@ -136,7 +141,7 @@ class JoinedView(ComponentCacheView):
 
 
 def can_stack(views: Iterable[Cache]) -> bool:
-    """Whether all layers are of the kinds that [`StackedCacheView`] handles, and stay on their device."""
+    """Whether all layers are of types that [`StackedCacheView`] supports, and are not offloaded."""
     return all(
         isinstance(view, JoinedView)
         or (not getattr(view, "parent", view).offloading and all(type(layer) in _STACKABLE for layer in view.layers))
@@ -154,8 +159,8 @@ def stack_views(views: Sequence[ComponentCacheView]) -> Cache:
 
 def join_static_layers(views: Sequence[ComponentCacheView]) -> None:
     """
-    Makes the keys of several components parts of one tensor before a step of decoding is compiled: the step writes to
-    them in place, where they stay. Layers that grow, are empty, or are joined already stay as they are.
+    Makes the keys of several components views of one tensor before a step of decoding is compiled, which writes to
+    them in place. Layers that grow, are empty, or are joined already are left as they are.
 
     Args:
         views (`Sequence[ComponentCacheView]`): the cache of each component, with equally many layers.
@@ -168,8 +173,8 @@ def join_static_layers(views: Sequence[ComponentCacheView]) -> None:
 
 def note_joined(views: Sequence[ComponentCacheView]) -> None:
     """
-    Notes on a cache which of its layers are joined, for [`prepare_step`]. Not those of a sliding window: how full it is
-    they know by a number too, which layers cannot share.
+    Records which layers of a cache are joined, for [`prepare_step`]. Layers with a sliding window are not: they also
+    keep their length as a Python number, which layers cannot share.
 
     Args:
         views (`Sequence[ComponentCacheView]`): the cache of each component, with equally many layers.
@@ -186,13 +191,13 @@ def note_joined(views: Sequence[ComponentCacheView]) -> None:
 
 def prepare_step(cache: Cache) -> Cache:
     """
-    What to hand to compiled code in place of the cache of a mixture: one with joined layers for the components that have
-    them, or the cache itself where none has. It serves for one call, as layers are joined until somebody changes them.
+    The cache to pass to compiled code in place of the cache of a mixture: one with joined layers for the components
+    that have them, or the cache itself where none has. It is valid for one call only.
     """
     noted = _JOINED.get(cache)
     for starts, joined in list(noted.items()) if noted else ():
         if not joined.is_of(cache):
-            del noted[starts]  # what it holds is out of use
+            del noted[starts]  # its layers have been replaced
     if not noted:
         return cache
     views = component_views(cache, cache.mixture_components, cache.mixture_layer_counts)
@@ -204,25 +209,25 @@ def prepare_step(cache: Cache) -> Cache:
 
 
 def _side_by_side(views: Sequence[ComponentCacheView]) -> Iterator[tuple[CacheLayerMixin, ...]]:
-    """The layers of several components, those at the same place together."""
+    """Tuples of the layers of all components at the same index."""
     return zip(*(view.layers for view in views), strict=True)
 
 
 def _mark_static(*tensors: torch.Tensor) -> None:
-    """As a layer marks its own: CUDA graphs write only to tensors that are known to stay where they are."""
+    """Marks tensors as layers mark their own: CUDA graphs write only to tensors with a static address."""
     for tensor in tensors:
         torch._dynamo.mark_static_address(tensor)
 
 
 def _append(layers: Sequence[DynamicLayer], *states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adds to layers that grow, whose keys and values are the filled part of tensors with room for more."""
+    """Appends to dynamic layers, whose keys and values are the filled part of larger tensors."""
     length, rows = layers[0].get_seq_length(), len(states[0]) // len(layers)
     end = length + states[0].shape[-2]
     shared = _shared(layers)
     if shared is None or shared[0].shape[-2] < end or _is_frozen(shared[0]):
-        # layers that were reordered, as beams are at every step, will be again, and room would be left behind
+        # layers that were reordered, as by beam search at every step, will be again: room would not be used
         room = 0 if length and shared is None and hasattr(layers[0], "mixture_blocks") else 64 + end // 8
-        # zeros, not whatever lay there: an exported model hands the whole out
+        # zeros, as an exported model returns the whole tensor
         make = torch.zeros if room else torch.empty
         shared = tuple(
             make(*new.shape[:-2], end + room, new.shape[-1], dtype=new.dtype, device=new.device) for new in states
@@ -240,13 +245,13 @@ def _append(layers: Sequence[DynamicLayer], *states: torch.Tensor) -> tuple[torc
 def _update_all_by_first(
     layers: Sequence[CacheLayerMixin], key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Has the first layer do what its kind does, with the keys and values of all in place of its own."""
+    """Runs the update of the first layer on the keys and values of all layers."""
     first = layers[0]
     shared = _shared(layers) or _join(layers)
     parts = first.keys, first.values
     first.keys, first.values = shared
     states = first.update(key_states, value_states, *args, **kwargs)
-    if first.keys is shared[0]:  # written to in place: all others have it already
+    if first.keys is shared[0]:  # updated in place, and with it the views of all layers
         first.keys, first.values = parts
     else:
         _share(layers, (first.keys, first.values), (first.keys, first.values))
@@ -256,7 +261,7 @@ def _update_all_by_first(
 
 
 def _join(layers: Sequence[CacheLayerMixin]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gathers what the layers hold, and gives every layer its part of it."""
+    """Concatenates the keys and values of the layers, and gives every layer its view of the result."""
     shared = torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers])
     _share(layers, shared, shared)
     if isinstance(layers[0], StaticLayer) and not is_torchdynamo_compiling():
@@ -265,7 +270,7 @@ def _join(layers: Sequence[CacheLayerMixin]) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _share(layers: Sequence[CacheLayerMixin], shared: tuple, filled: tuple) -> None:
-    """Gives every layer its part of `filled`, and notes which they are, on the first."""
+    """Gives every layer its view of `filled`, and records the views on the first layer."""
     parts = list(zip(*(states.chunk(len(layers)) for states in filled)))
     for layer, (keys, values) in zip(layers, parts):
         layer.keys, layer.values = keys, values
@@ -274,8 +279,8 @@ def _share(layers: Sequence[CacheLayerMixin], shared: tuple, filled: tuple) -> N
 
 def _shared(layers: Sequence[CacheLayerMixin]) -> tuple[torch.Tensor, torch.Tensor] | None:
     """
-    The tensors that keys and values of the layers are parts of, `None` when some are not, because a layer was updated by
-    itself, reordered or cropped.
+    The tensors that the keys and values of all layers are views of; `None` once a layer was updated by itself,
+    reordered or cropped.
     """
     shared, parts = getattr(layers[0], "mixture_blocks", (None, []))
     if len(parts) == len(layers) and all(
@@ -286,7 +291,7 @@ def _shared(layers: Sequence[CacheLayerMixin]) -> tuple[torch.Tensor, torch.Tens
 
 
 def _is_frozen(tensor: torch.Tensor) -> bool:
-    """Whether a tensor was made in inference mode, which has ended: it cannot be written to any more."""
+    """Whether a tensor was made in inference mode, and can no longer be written to outside of it."""
     return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
@@ -294,6 +299,6 @@ def _copy_length(source: CacheLayerMixin, target: CacheLayerMixin) -> None:
     for name in ("cumulative_length", "cumulative_length_int"):
         length = getattr(source, name, None)
         if isinstance(length, torch.Tensor):
-            getattr(target, name).copy_(length)  # in place, as compiled code knows it by its address
+            getattr(target, name).copy_(length)  # in place, as compiled code refers to its address
         elif length is not None:
             setattr(target, name, length)

@@ -1,9 +1,13 @@
 """
 K LoRA adapters over one base in one forward pass.
 
-The rows of the K policies are laid one block after another, so that the weights of the base are read once for all of
-them, and the factors of the adapters are stacked, so that one batched product applies them. For this a model is copied
+The rows of the K policies are concatenated as blocks, so that the weights of the base are read once for all of them,
+and the factors of the adapters are stacked, so that one batched product applies them. For this a model is copied
 without its weights: the copy has stacked layers in place of PEFT's, and shares every other module with the original.
+
+PEFT's own way to run several adapters in one batch, `adapter_names`, registers a hook on every adapted layer at each
+call, and each layer loops over the adapters, with two products and an indexed read and write of the rows for each.
+Here a layer takes two batched products for any K, and tensors of fixed shapes that torch.compile can trace.
 """
 
 from collections.abc import Sequence
@@ -13,12 +17,12 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .stacked_rows import CannotStack, StackedModules, check_rows, with_children
+from .stacked_rows import StackedModules, StackingError, check_rows, with_children
 
 
 logger = logging.get_logger(__name__)
 
-# Stacks of different adapters that are kept at a time. Each holds a copy of their factors.
+# Number of stacks that are kept, for different sets of adapters. Each holds a copy of their factors.
 KEPT_STACKS = 4
 
 
@@ -81,13 +85,13 @@ def _add_product(output: torch.Tensor, inner: torch.Tensor, factors: torch.Tenso
     blocks = output.view(len(factors), -1, output.shape[-1])
     if output.dtype == inner.dtype:
         return blocks.baddbmm_(inner, factors)
-    # adapters are often kept in a higher precision than their base
+    # adapters are often stored in a higher precision than their base
     return blocks.copy_(torch.baddbmm(blocks.to(inner.dtype), inner, factors))
 
 
 class AdapterStacks:
     """
-    Copies of a PEFT model in which several of its adapters run side by side, made when they are first asked for.
+    Copies of a PEFT model in which several of its adapters run side by side. They are built at first use.
 
     Args:
         model (`PeftModel`): a model with LoRA adapters. It is not changed.
@@ -99,10 +103,10 @@ class AdapterStacks:
         self._stacks: dict[tuple[str | None, ...], tuple[list, nn.Module | None]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stacks": {}}  # what is copied or saved makes its own
+        return {**self.__dict__, "_stacks": {}}  # a copy builds its own
 
     def allows(self, adapter: str | None) -> bool:
-        """Whether [`why_not_stacked`] has no objection to an adapter."""
+        """Whether an adapter can be stacked; see [`why_not_stacked`]."""
         if torch.compiler.is_compiling():
             return self._refusals.get(adapter, "unknown") is None
         if adapter not in self._refusals:
@@ -118,7 +122,7 @@ class AdapterStacks:
         Args:
             adapters (`Sequence[str]`): names of adapters, each of them allowed.
             check (`bool`, *optional*, defaults to `True`):
-                Whether to look if the adapters have changed since they were stacked.
+                Whether to check if the adapters have changed since they were stacked.
 
         Returns:
             `nn.Module`, or `None` when these adapters cannot run side by side.
@@ -132,14 +136,14 @@ class AdapterStacks:
             stack = stack_adapters(self.model, key)
             state = _state(self.model, key)
         self._stacks[key] = (state, stack)
-        if len(self._stacks) > KEPT_STACKS:  # the one that was not used for longest goes
+        if len(self._stacks) > KEPT_STACKS:  # the least recently used
             del self._stacks[next(iter(self._stacks))]
         return stack
 
 
 def why_not_stacked(model: nn.Module, adapter: str | None) -> str | None:
     """
-    What keeps an adapter from running beside others in one pass, `None` for nothing.
+    The reason why an adapter cannot run in one pass with others, `None` where there is none.
 
     Args:
         model (`nn.Module`): the model that runs it.
@@ -176,16 +180,16 @@ def stack_adapters(model: nn.Module, adapters: Sequence[str | None]) -> nn.Modul
         adapters (`Sequence[str]`): names of the adapters that run side by side; `None` for the base itself.
 
     Returns:
-        `nn.Module`, or `None` when the rows would not come out right, with the reason in the log.
+        `nn.Module`, or `None` when its results would differ from those of the adapters, with the reason in the log.
     """
     stacked: list[nn.Module] = []
     try:
         for adapter in adapters:
             if reason := why_not_stacked(model, adapter):
-                raise CannotStack(f"of the adapter {adapter}: {reason}")
+                raise StackingError(f"of the adapter {adapter}: {reason}")
         stack = _copy(model.get_base_model(), adapters, stacked, {})
         check_rows(stack, stacked, len(adapters))
-    except CannotStack as reason:
+    except StackingError as reason:
         logger.info(f"The adapters {list(adapters)} run one after another, because {reason}.")
         return None
     return stack
@@ -194,7 +198,9 @@ def stack_adapters(model: nn.Module, adapters: Sequence[str | None]) -> nn.Modul
 def _copy(
     module: nn.Module, adapters: Sequence[str | None], stacked: list[nn.Module], memo: dict[int, nn.Module]
 ) -> nn.Module:
-    """The module itself where no layer of it is stacked, else a copy that shares parameters, buffers and hooks."""
+    """
+    A copy with stacked layers that shares parameters, buffers and hooks; the module itself if it has no such layer.
+    """
     if id(module) in memo:
         return memo[id(module)]
     if _is_from_peft(module, "base_layer"):
@@ -209,7 +215,9 @@ def _copy(
         saved = getattr(module, "modules_to_save", {})
         if any(adapter in saved for adapter in adapters):
             if within:
-                raise CannotStack(f"a {type(module.original_module).__name__} is saved by some and adapted by others")
+                raise StackingError(
+                    f"a {type(module.original_module).__name__} is saved by some and adapted by others"
+                )
             twin = StackedModules([_own(saved[a], a) if a in saved else twin for a in adapters])
             stacked.append(twin)
         stacked += within
@@ -223,11 +231,11 @@ def _copy(
 
 
 def _own(saved: nn.Module, adapter: str) -> nn.Module:
-    """A module that an adapter has for itself, without layers of others in it."""
+    """A module from an adapter's `modules_to_save`, without PEFT's wrappers inside."""
     layers: list[nn.Module] = []
     twin = _copy(saved, [adapter], layers, {})
     if layers:
-        raise CannotStack(f"a {type(saved).__name__} that the adapter {adapter} saves is also adapted by it")
+        raise StackingError(f"a {type(saved).__name__} that the adapter {adapter} saves is also adapted by it")
     return twin
 
 
@@ -242,18 +250,18 @@ def _stacked_factors(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Factors of one layer for its stacked form, zeros for the blocks without an adapter here."""
     if layer.merged_adapters:
-        raise CannotStack(f"the adapters {layer.merged_adapters} are merged into the base")
+        raise StackingError(f"the adapters {layer.merged_adapters} are merged into the base")
     if any("forward" in part.__dict__ for part in (layer, *layer.lora_A.values(), *layer.lora_B.values())):
-        raise CannotStack("the forward of an adapter's layer is replaced, as by offloading")
+        raise StackingError("the forward of an adapter's layer is replaced, as by offloading")
     pairs = {adapter: _factors(layer, adapter) for adapter in adapters if adapter in layer.r}
     first = next(iter(pairs.values()))[0]
     like = {"device": first.device, "dtype": first.dtype}
     for first, *_ in pairs.values():
         like["dtype"] = torch.promote_types(like["dtype"], first.dtype)
     rank = max(len(first) for first, *_ in pairs.values())
-    # some embeddings scale what they give out, and so does PEFT
+    # some embeddings scale their output, and PEFT scales that of the adapter likewise
     output_scale = getattr(layer.base_layer, "embed_scale", 1)
-    # kept transposed, which is faster to multiply with
+    # stored transposed, which makes the product faster
     factors_a = torch.zeros(len(adapters), rank, layer.in_features, **like).transpose(1, 2)
     factors_b = torch.zeros(len(adapters), rank, layer.out_features, **like)
     bias = torch.zeros(len(adapters), 1, layer.out_features, **like)
@@ -268,14 +276,14 @@ def _stacked_factors(
 
 
 def _factors(layer: nn.Module, adapter: str) -> list[torch.Tensor]:
-    """Both factors of an adapter in a layer of PEFT, `(r, in)` and `(out, r)`, and the bias of the second if it has one."""
+    """The factors of an adapter in a layer, of shapes `(r, in)` and `(out, r)`, and the bias of the second, if any."""
     if adapter in layer.lora_A:
         return [*layer.lora_A[adapter].parameters(), *layer.lora_B[adapter].parameters()]
     return [layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]]
 
 
 def _state(model: nn.Module, adapters: Sequence[str | None]) -> list[Any]:
-    """What a stack was made from: other modules, or factors with other values, make another list."""
+    """A list that differs when modules or the values of factors have changed since a stack was built."""
     state: list[Any] = []
     pending = [model.get_base_model()]
     while pending:

@@ -1,10 +1,13 @@
 """
 K full models of one architecture in one forward pass.
 
-The rows of the K models are laid one block after another, and the weights of each layer are laid side by side, so that
-one batched product applies them to all blocks. That saves what Python, the launch of kernels and small products cost,
-not the reading of weights. No weight is held twice: what the models have as their own become parts of the tensors side
-by side.
+The rows of the K models are concatenated as blocks, and the weights of each layer are stacked, so that one batched
+product applies them to all blocks. That saves the time of Python, kernel launches and small products, not that of
+reading weights. No weight is held twice: the parameters of the models become views of the stacked tensors.
+
+`torch.func.stack_module_state` copies the weights into new tensors (`torch.stack`), so that each would be held twice
+as long as the models are used by themselves. Its result runs under `vmap`, where the in-place update of a static cache
+(`index_copy_`), and with it compiled decoding, is an error.
 """
 
 import json
@@ -18,12 +21,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .stacked_rows import CannotStack, StackedModules, check_rows, trial_inputs, with_children
+from .mixture_inputs import trial_inputs
+from .stacked_rows import StackedModules, StackingError, check_rows, with_children
 
 
 logger = logging.get_logger(__name__)
 
-# What configs of models that compute alike may differ in: names, and what only `generate` reads.
+# Fields in which the configs of stackable models may differ: names, and options that only `generate` reads.
 _NAMES = {
     *("_name_or_path", "architectures", "transformers_version", "dtype", "use_cache", "task_specific_params"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id"),
@@ -74,7 +78,7 @@ class StackedEmbedding(nn.Module):
 
 class StackedNorm(nn.Module):
     """
-    A norm that multiplies by its parameters, as root mean square norms do, with parameters for each block of rows.
+    A norm that multiplies by its parameters, such as an RMS norm, with parameters for each block of rows.
 
     Args:
         norm (`nn.Module`): the norm of one of the models.
@@ -94,11 +98,12 @@ class StackedNorm(nn.Module):
 
 class ModelStack:
     """
-    A model whose rows are those of several full models, made when it is first asked for.
+    A model whose rows are those of several full models. It is built at first use.
 
     Args:
-        models (`Sequence[PreTrainedModel]`): models that [`alike`] puts together. Their parameters become parts of larger
-            tensors, and are otherwise as before.
+        models (`Sequence[PreTrainedModel]`):
+            Models that [`alike`] groups together. Their parameters become views of larger tensors, with the same
+            values.
     """
 
     def __init__(self, models: Sequence[PreTrainedModel]):
@@ -107,7 +112,7 @@ class ModelStack:
         self._stack: nn.Module | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_state": None, "_stack": None}  # what is copied or saved makes its own
+        return {**self.__dict__, "_state": None, "_stack": None}  # a copy builds its own
 
     def get(self, check: bool = True) -> nn.Module | None:
         """
@@ -115,8 +120,8 @@ class ModelStack:
 
         Args:
             check (`bool`, *optional*, defaults to `True`):
-                Whether to look if layers or parameters have been replaced since it was made. Other values in the same
-                place are seen anyway.
+                Whether to check if layers or parameters have been replaced since it was built. New values in the same
+                tensors take effect in any case.
 
         Returns:
             `nn.Module`, or `None` when these models cannot run side by side.
@@ -124,25 +129,26 @@ class ModelStack:
         if torch.compiler.is_compiling():
             return self._stack
         if self._state is None or (check and self._state != _state(self.models)):
-            self._stack = None  # the old one and the new one need not fit into memory together
+            self._stack = None  # freed first, so that the old and the new one need not fit into memory together
             self._stack = stack_models(self.models)
             self._state = _state(self.models)
         return self._stack
 
 
 class ModelStacks:
-    """The stacks of a mixture's components that are full models, by component."""
+    """The stacks of those components of a mixture that are full models."""
 
     def __init__(self):
         self._stacks: dict[tuple[int, ...], ModelStack] = {}
 
     def groups(self, models: Mapping[int, nn.Module], check: bool = True) -> list[tuple[list[int], ModelStack]]:
         """
-        Which components could run side by side, and what makes one model of them.
+        The groups of components that may run side by side, with the stack of each.
 
         Args:
             models (`Mapping[int, nn.Module]`): the models of the components that have no adapter.
-            check (`bool`, *optional*, defaults to `True`): whether to look if these are still the models of last time.
+            check (`bool`, *optional*, defaults to `True`):
+                Whether to check if these are still the models of the last call.
         """
         if check and not torch.compiler.is_compiling():
             last, self._stacks = self._stacks, {}
@@ -155,7 +161,7 @@ class ModelStacks:
 
 def alike(models: Mapping[int, nn.Module]) -> list[tuple[int, ...]]:
     """
-    Which models could run side by side: full models that compute the same on one device, but for their weights.
+    Groups of models that may run side by side: full models on one device that differ in nothing but their weights.
 
     Args:
         models (`Mapping[int, nn.Module]`): models by component.
@@ -165,7 +171,7 @@ def alike(models: Mapping[int, nn.Module]) -> list[tuple[int, ...]]:
     """
     groups: dict[Any, list[int]] = {}
     for k, model in models.items():
-        # adapters have a way of their own
+        # adapters are stacked by AdapterStacks
         if isinstance(model, PreTrainedModel) and not getattr(model, "_hf_peft_config_loaded", False):
             config = {name: value for name, value in model.config.to_dict().items() if name not in _NAMES}
             own = model.config._attn_implementation, str(model.dtype), str(model.device)
@@ -178,19 +184,20 @@ def stack_models(models: Sequence[PreTrainedModel]) -> nn.Module | None:
     One model whose rows are those of several, block after block.
 
     Args:
-        models (`Sequence[PreTrainedModel]`): models of one architecture. Their parameters become parts of larger tensors.
+        models (`Sequence[PreTrainedModel]`):
+            Models of one architecture. Their parameters become views of larger tensors.
 
     Returns:
-        `nn.Module`, or `None` when the rows would not come out right, with the reason in the log.
+        `nn.Module`, or `None` when its results would differ from those of the models, with the reason in the log.
     """
     builder = _Builder(models)
     try:
         builder.check()
-        # tensors that are made in inference mode could not be trained or changed later
+        # tensors made in inference mode could be neither trained nor changed later
         with torch.inference_mode(False), torch.no_grad():
             stack = builder.build(tuple(models), "")
             _try(stack, models, builder.stacked)
-    except CannotStack as reason:
+    except StackingError as reason:
         logger.info(
             f"{len(models)} models of type {type(models[0]).__name__} run one after another, because {reason}."
         )
@@ -199,7 +206,10 @@ def stack_models(models: Sequence[PreTrainedModel]) -> nn.Module | None:
 
 
 def _try(stack: nn.Module, models: Sequence[PreTrainedModel], stacked: Sequence[nn.Module]) -> None:
-    """Compares a stack with its models on a few tokens: an architecture may do with its layers what nobody thought of."""
+    """
+    Compares a stack with its models on a few tokens: an architecture may combine its layers in ways the stack does not
+    reproduce.
+    """
     ids = torch.randint(
         models[0].config.get_text_config().vocab_size, (2 * len(models), 3), generator=torch.Generator().manual_seed(0)
     )
@@ -207,18 +217,18 @@ def _try(stack: nn.Module, models: Sequence[PreTrainedModel], stacked: Sequence[
     try:
         check_rows(stack, stacked, len(models))
         found = stack(**trial_inputs(stack, ids)).logits
-    except CannotStack:
+    except StackingError:
         raise
     except Exception as error:
-        raise CannotStack(f"of an error in their layers side by side: {error}") from error
+        raise StackingError(f"of an error in their layers side by side: {error}") from error
     expected = torch.cat([model(**trial_inputs(model, part)).logits for model, part in zip(models, ids.split(2))])
     apart, scale = (found - expected).abs().max(), expected.abs().max()
     if not apart <= scale * torch.finfo(found.dtype).eps ** 0.5:
-        raise CannotStack(f"logits of up to {scale:.3g} are {apart:.3g} apart")
+        raise StackingError(f"logits of up to {scale:.3g} are {apart:.3g} apart")
 
 
 class _Builder:
-    """Lays the layers of models side by side."""
+    """Stacks the layers of several models."""
 
     def __init__(self, models: Sequence[PreTrainedModel]):
         self.models = models
@@ -226,39 +236,41 @@ class _Builder:
         self._tensors: dict[tuple[int, ...], torch.Tensor] = {}
 
     def check(self) -> None:
-        """Before anything is moved: whether the models differ in nothing but parameters, and these are theirs to move."""
+        """
+        Checks, before any weight is moved, that the models differ in their parameters only, and share none of them.
+        """
         first, *others = [dict(model.named_buffers()) for model in self.models]
         for buffers in others:
             for name, value in first.items():
                 if name not in buffers or not torch.equal(value, buffers[name]):
-                    raise CannotStack(f"they have different buffers {name}")
+                    raise StackingError(f"they have different buffers {name}")
         first, *others = [dict(model.named_parameters(remove_duplicate=False)) for model in self.models]
         for parameters in others:
             if parameters.keys() != first.keys():
-                raise CannotStack(f"{sorted(parameters.keys() ^ first.keys())} are not in all of them")
+                raise StackingError(f"{sorted(parameters.keys() ^ first.keys())} are not in all of them")
         seen: dict[int, int] = {}
         for k, parameters in enumerate([first, *others]):
             for name, parameter in parameters.items():
                 self._check_parameter(name, parameter, first[name])
                 if seen.setdefault(id(parameter), k) != k:
-                    raise CannotStack(f"they share the weight {name}")
+                    raise StackingError(f"they share the weight {name}")
 
     @staticmethod
     def _check_parameter(name: str, parameter: nn.Parameter, like: nn.Parameter) -> None:
         if type(parameter) is not nn.Parameter:
-            raise CannotStack(f"the weight {name} is a {type(parameter).__name__}")
+            raise StackingError(f"the weight {name} is a {type(parameter).__name__}")
         if parameter.is_meta:
-            raise CannotStack("their weights are offloaded")
+            raise StackingError("their weights are offloaded")
         if parameter.is_inference():
-            raise CannotStack(f"the weight {name} was made in inference mode")
+            raise StackingError(f"the weight {name} was made in inference mode")
         if (parameter.shape, parameter.dtype, parameter.device) != (like.shape, like.dtype, like.device):
-            raise CannotStack(f"the weights {name} differ in shape, dtype or device")
+            raise StackingError(f"the weights {name} differ in shape, dtype or device")
 
     def build(self, modules: tuple[nn.Module, ...], name: str) -> nn.Module:
         """The stacked form of modules that have the same name in all models."""
         first = modules[0]
         if len({type(module) for module in modules}) > 1:
-            raise CannotStack(f"{name} is a {type(first).__name__} in one and another module elsewhere")
+            raise StackingError(f"{name} is a {type(first).__name__} in one and another module elsewhere")
         if not any(True for _ in first.parameters()):
             return first
         if any(parameter is not None for parameter in first._parameters.values()):
@@ -275,7 +287,7 @@ class _Builder:
     def _layer(self, modules: tuple[nn.Module, ...]) -> nn.Module:
         first = modules[0]
         if any("forward" in module.__dict__ for module in modules):
-            raise CannotStack(f"the forward of a {type(first).__name__} is replaced, as by offloading")
+            raise StackingError(f"the forward of a {type(first).__name__} is replaced, as by offloading")
         if type(first) is nn.Linear:
             return StackedLinear(
                 self._side_by_side(modules, "weight").transpose(1, 2), self._side_by_side(modules, "bias")
@@ -288,11 +300,11 @@ class _Builder:
         return StackedModules(modules) if norm is None else norm
 
     def _side_by_side(self, modules: Sequence[nn.Module], name: str) -> torch.Tensor | None:
-        """One tensor of the parameters of all, which are parts of it from now on."""
+        """One tensor of the parameters of all models, which become views of it."""
         parameters = [getattr(module, name) for module in modules]
         if parameters[0] is None:
             return None
-        key = tuple(map(id, parameters))  # tied weights are met more than once
+        key = tuple(map(id, parameters))  # tied weights occur more than once
         if key not in self._tensors:
             together = torch.empty(
                 len(parameters), *parameters[0].shape, dtype=parameters[0].dtype, device=parameters[0].device
@@ -304,7 +316,9 @@ class _Builder:
         return self._tensors[key]
 
     def _norm(self, modules: Sequence[nn.Module]) -> nn.Module | None:
-        """The stacked form of norms, `None` for modules that are none, or whose parameters do not just multiply."""
+        """
+        The stacked form of norms, `None` for other modules, and for norms whose parameters do more than multiply.
+        """
         first = modules[0]
         names = [name for name, parameter in first._parameters.items() if parameter is not None]
         if first._modules or any(getattr(first, name).ndim != 1 for name in names):
@@ -315,13 +329,13 @@ class _Builder:
         rows = torch.randn(len(modules), 3, len(like), generator=generator).to(like)
         try:
             found = norm(rows)
-        except (RuntimeError, ValueError, TypeError):  # such as layer norms, which take a vector of parameters only
+        except (RuntimeError, ValueError, TypeError):  # such as layer norms, which accept only vectors as parameters
             return None
         return norm if torch.equal(found, StackedModules(modules)(rows)) else None
 
 
 def _state(models: Sequence[nn.Module]) -> list[Any]:
-    """What a stack was made from: other modules, or parameters in other places, make another list."""
+    """A list that differs when modules or the storage of parameters have been replaced since a stack was built."""
     state: list[Any] = []
     for model in models:
         state += model.modules()

@@ -1,4 +1,4 @@
-"""Do the components of a mixture share one vocabulary, and how much of it do they have in common?"""
+"""The part of their vocabularies that the components of a mixture have in common."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,15 +12,14 @@ def common_vocab_size(
     """
     Number of leading token ids that mean the same to every component.
 
-    What is compared are the token-to-id maps of the tokenizers. Rows that only pad an embedding matrix, and tokens
-    that one component has added behind all others, are cut off. Components without a tokenizer must have the size
-    that is left.
+    The token-to-id maps of the tokenizers are compared. Rows that only pad an embedding matrix, and tokens that one
+    component has added after all others, are cut off. Components without a tokenizer must have the size that remains.
 
     Args:
         names (`Sequence[str]`): names of the components, for messages.
         sizes (`Sequence[int]`): number of rows of each component's output layer.
         vocabs (`Sequence[Mapping[str, int]]`): token-to-id map of each component's tokenizer, `None` where it has none.
-        claimed (`int`, *optional*): how many the caller says there are. It is checked as far as there are tokenizers.
+        claimed (`int`, *optional*): the number according to the caller, checked against the tokenizers.
 
     Returns:
         `int`: the number n of common token ids; the ids are 0 to n - 1.
@@ -51,15 +50,15 @@ def common_vocab_size(
 def _common_prefix(
     name: str, vocab: Mapping[str, int], other_name: str, other: Mapping[str, int], claimed: int | None
 ) -> int | float:
-    """The common length of two vocabularies: infinite when they are equal, ValueError when neither extends the other."""
+    """The common length of two vocabularies, infinite when they are equal. An error when neither extends the other."""
     if vocab == other:
         return float("inf")
     by_id, other_by_id = ({i: token for token, i in v.items()} for v in (vocab, other))
     first = min(i for i in by_id.keys() | other_by_id.keys() if by_id.get(i) != other_by_id.get(i))
     if first > min(max(by_id), max(other_by_id)) or (claimed is not None and first >= claimed):
-        return first  # one of them only adds tokens behind the other's last, or behind those that are asked for
+        return first  # one of them only adds tokens after the other's last, or after those that are asked for
     raise ValueError(
         f"Components {name!r} and {other_name!r} do not share a vocabulary: token id {first} is "
-        f"{by_id.get(first)!r} to the first and {other_by_id.get(first)!r} to the second. Only policies with one and "
-        "the same tokenizer can be mixed token by token."
+        f"{by_id.get(first)!r} to the first and {other_by_id.get(first)!r} to the second. Only policies with the "
+        "same tokenizer can be mixed token by token."
     )

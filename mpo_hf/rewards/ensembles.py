@@ -1,4 +1,4 @@
-"""Several rewards that stand for one objective, as one reward."""
+"""Several rewards for the same objective, combined into one."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ AGGREGATIONS = ("mean", "worst_case", "uncertainty")
 
 class RewardEnsemble(RewardFunction):
     r"""
-    Several reward models of one objective, as one reward function: the ensembles of
+    Several reward models of one objective as one reward function: the ensembles of
     [Reward Model Ensembles Help Mitigate Overoptimization](https://huggingface.co/papers/2310.02743) (Coste et al., 2024).
     Of the rewards \\(r_1, \dots, r_M\\) that M members give to one completion, it returns
 
@@ -24,30 +24,30 @@ class RewardEnsemble(RewardFunction):
     - `"worst_case"` (WCO in the paper): \\(\min_i r_i\\);
     - `"uncertainty"` (UWO): \\(\bar r - c \cdot \frac1M \sum_i (r_i - \bar r)^2\\), with c = `coefficient`.
 
-    This happens completion by completion and within one objective. Which *objective* is worst off is then for the fit to
-    find out, over all completions.
+    The rewards are combined for each completion, within one objective. The fit then finds the worst-off *objective* over all
+    completions.
 
-    All three take the members' numbers as estimates of the same quantity on the same scale. A member whose rewards are
-    lower throughout is always the worst case, and a constant offset between members counts as disagreement. Nothing is
-    rescaled here: give such members as [`RewardModelSpec`] with `scale=1 / std, offset=-mean / std`, of rewards measured on
-    completions of your own. The authors bring every member to mean 0 and variance 1 on held-out data after training.
+    All three take the members' rewards as estimates of the same quantity on the same scale. A member whose rewards are
+    always lower is always the worst case, and a constant offset between members counts as disagreement. Rewards are not
+    rescaled here: give members on different scales as [`RewardModelSpec`] with `scale=1 / std, offset=-mean / std`, measured
+    on your own completions. The authors normalize every member to mean 0 and variance 1 on held-out data after training.
 
     Args:
         reward_funcs (`Sequence`):
-            The members, two or more: callables, repo ids, models or [`RewardModelSpec`], as [`MPOTrainer`] takes them.
+            The members, two or more: callables, repo ids, models or [`RewardModelSpec`], as for [`MPOTrainer`].
         aggregation (`str`, *optional*, defaults to `"mean"`): `"mean"`, `"worst_case"` or `"uncertainty"`.
         coefficient (`float`, *optional*):
-            Weight c of the variance, 0 or more; needed for `"uncertainty"`, and for nothing else. Its unit is that of one
-            divided by a reward, so that there is no default: the authors take 0.5 for best-of-n sampling and 0.1 for PPO,
-            with members of variance 1.
+            Weight c of the variance, 0 or more; required for `"uncertainty"`, and only allowed there. Its unit is the inverse of
+            a reward, so there is no default: the authors use 0.5 for best-of-n sampling and 0.1 for PPO, with members of
+            variance 1.
         label (`str`, *optional*): name of the objective. Defaults to `"ensemble"`.
         processing_classes (`Sequence`, *optional*):
-            Tokenizers of the members, one each, as [`~mpo_hf.rewards.make_reward_functions`] takes them.
+            Tokenizers of the members, one each, as for [`~mpo_hf.rewards.make_reward_functions`].
 
     Attributes:
         members (`list[RewardFunction]`): the members. Their errors name them.
         metrics (`dict[str, torch.Tensor]`):
-            Of the last call: the rewards of every member, by its name, and `disagreement`, the standard deviation over
+            From the last call: the rewards of every member, by its name, and `disagreement`, the standard deviation over
             the members, each of shape `(N,)`. [`MPOTrainer`] logs their means as `ensembles/<objective>/<name>`.
 
     Raises:
@@ -84,7 +84,7 @@ class RewardEnsemble(RewardFunction):
         count = len(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else 1
         if count < 2:
             raise ValueError(
-                f"An ensemble needs a list of two or more reward functions, got {count}. Give a single reward as it is."
+                f"An ensemble needs a list of two or more reward functions, got {count}. Pass a single reward without an ensemble."
             )
         _check_aggregation(aggregation, coefficient)
         self.name = label or "ensemble"
@@ -107,7 +107,7 @@ class RewardEnsemble(RewardFunction):
 
 def aggregate_rewards(rewards: torch.Tensor, aggregation: str, coefficient: float | None = None) -> torch.Tensor:
     """
-    One reward a completion from those of M members; see [`RewardEnsemble`].
+    One reward per completion from those of M members; see [`RewardEnsemble`].
 
     Args:
         rewards (`torch.Tensor` of shape `(..., M)`): rewards of every member.

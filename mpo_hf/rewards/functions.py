@@ -1,4 +1,4 @@
-"""Reward functions and reward models, one an objective, and the normalisation P that makes their scales comparable."""
+"""Reward functions and reward models, one per objective, and the normalization P that makes their scales comparable."""
 
 import asyncio
 import dataclasses
@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import apply_chat_template, is_conversational
 
+from ..estimation.tables import normalize_by_prompt
 from .loading import (
     ACTIVATIONS,
     RewardModelSpec,
@@ -25,9 +26,9 @@ from .loading import (
     choose_logit,
     is_model,
     length_limit,
+    load_model,
+    load_reward_tokenizer,
     model_name,
-    open_model,
-    open_tokenizer,
     template_fields,
 )
 
@@ -43,7 +44,7 @@ class RewardFunction(ABC):
     Attributes:
         name (`str`): name of the objective.
         model (`torch.nn.Module`, *optional*): the reward model, for a trainer to place and prepare.
-        metrics (`Mapping[str, torch.Tensor]`): further numbers of the last call, for a trainer to log the means of.
+        metrics (`Mapping[str, torch.Tensor]`): further numbers from the last call, whose means a trainer logs.
     """
 
     name: str
@@ -55,7 +56,7 @@ class RewardFunction(ABC):
         """Rewards of N completions, of shape `(N,)`, float64, on CPU. `columns` are further columns, lists of N."""
 
     def to(self, device: torch.device | str) -> "RewardFunction":
-        """Moves the model, if there is one and no device map has placed it."""
+        """Moves the model, unless there is none or a device map has placed it."""
         if self.model is not None and getattr(self.model, "hf_device_map", None) is None:
             self.model.to(device)
         return self
@@ -64,9 +65,9 @@ class RewardFunction(ABC):
 class CallableReward(RewardFunction):
     """
     A function with the signature of TRL's reward functions: `prompts`, `completions` and all columns (`completion_ids`,
-    `trainer_state`, the dataset's own) come as keyword arguments, and one number a completion goes back, as a list,
-    array or tensor. It may be async, also under a running event loop as in a notebook: all async functions of a process
-    share one loop in the background, so that a client may keep its connections open from call to call.
+    `trainer_state`, those of the dataset) are passed as keyword arguments, and it returns one number per completion, as a
+    list, array or tensor. It may be async, even under a running event loop as in a notebook: all async functions of a process
+    share one loop in the background, so that a client can keep its connections open between calls.
 
     Raises:
         `RewardError`: the function raised.
@@ -98,13 +99,13 @@ class ModelReward(RewardFunction):
     def __init__(self, spec: RewardModelSpec | str | PreTrainedModel, name: str | None = None):
         self.spec = spec if isinstance(spec, RewardModelSpec) else RewardModelSpec(spec)
         self.name = name or self.spec.label or model_name(self.spec)
-        self.model, tokenizer_sources = open_model(self.spec)
-        self.processing_class = open_tokenizer(self.spec, self.name, tokenizer_sources)
-        # a trainer may wrap the model later, and then its config is out of reach
+        self.model, locations = load_model(self.spec)
+        self.processing_class = load_reward_tokenizer(self.spec, self.name, locations)
+        # read now, as a trainer may wrap the model later, which hides its config
         config = self.model.config
         self.logit = choose_logit(self.spec, self.name, config)
         self.max_length = self.spec.max_length or length_limit(config, self.processing_class)
-        # the classifier reads the last token that is not this one
+        # the classifier reads its logits at the last token that is not this one
         config.get_text_config().pad_token_id = self.processing_class.pad_token_id
 
     @torch.no_grad()
@@ -126,7 +127,7 @@ class ModelReward(RewardFunction):
     def _score(self, inputs: dict[str, list]) -> torch.Tensor:
         inputs = self.processing_class.pad(inputs, padding_side="right", return_tensors="pt")
         device = next(self.model.parameters()).device
-        if device.type != "meta":  # what is offloaded takes its inputs to where it computes by itself
+        if device.type != "meta":  # an offloaded model moves its inputs itself
             inputs = inputs.to(device)
         logits = self.model(**inputs).logits
         if logits.ndim != 2:
@@ -175,9 +176,9 @@ class ModelReward(RewardFunction):
             if not 0 < length <= limit:
                 raise ValueError(
                     f"The reward {self.name!r} takes 1 to {limit} tokens, but the input of completion {index} has "
-                    f"{length}, and a cut text would get another reward. Use shorter prompts or a lower "
+                    f"{length}, and a truncated text would get another reward. Use shorter prompts or a lower "
                     "`max_completion_length`, set `max_length` in its RewardModelSpec if the model can take more, or "
-                    f"cut the text in a callable `template`. The completion: {_shorten(completions[index])}"
+                    f"truncate the text in a callable `template`. The completion: {_shorten(completions[index])}"
                 )
 
 
@@ -190,21 +191,21 @@ def make_reward_functions(
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[RewardFunction]:
     """
-    Builds one reward function an objective from what TRL's GRPOTrainer takes as `reward_funcs`.
+    Builds one reward function per objective from the `reward_funcs` of TRL's GRPOTrainer.
 
     Args:
         reward_funcs (`Callable`, `str`, [`~transformers.PreTrainedModel`], [`RewardModelSpec`], or a list of them):
-            one an objective. A [`RewardFunction`], such as a [`RewardEnsemble`], is taken as it is.
+            one per objective. A [`RewardFunction`], such as a [`RewardEnsemble`], is used as it is.
         names (`list[str | None]`, *optional*): names of the objectives, `None` for the default. Equal names are
             numbered: `length`, `length_2`.
         processing_classes ([`~transformers.PreTrainedTokenizerBase`], `str`, or a list of them, *optional*): tokenizers
-            of the models; what stands beside a callable is ignored.
-        device (`torch.device` or `str`, *optional*): where models are moved.
+            of the models; those of callables are ignored.
+        device (`torch.device` or `str`, *optional*): the device that models are moved to.
         model_kwargs (`dict`, *optional*): for `from_pretrained` of models given as a `str`.
         chat_template_kwargs (`dict`, *optional*): for models not given as a [`RewardModelSpec`].
 
     Raises:
-        `ValueError`: lists of different or no length, or something that is no reward function.
+        `ValueError`: lists that are empty or of different lengths, or an entry that is not a reward function.
 
     Example:
 
@@ -223,7 +224,7 @@ def make_reward_functions(
     """
     funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     if not funcs:
-        raise ValueError("`reward_funcs` is empty: give one reward function an objective.")
+        raise ValueError("`reward_funcs` is empty: give one reward function per objective.")
     columns = {"names": names, "processing_classes": processing_classes}
     for argument, values in columns.items():
         values = list(values) if isinstance(values, (list, tuple)) else [values]
@@ -247,19 +248,19 @@ def make_reward_functions(
 
 def validate_rewards(name: str, rewards: Any, completions: list[Text]) -> torch.Tensor:
     """
-    Checks that there is one finite number for every completion. TRL lets a reward function return `None` for "not
-    applicable". Here it may not: which objective is worst off is unknown as long as one is.
+    Checks that there is one finite number for every completion. In TRL, a reward function may return `None` for "not
+    applicable". Here it may not, as the worst-off objective could not be determined.
 
     Args:
         name (`str`): name of the objective, for the message.
         rewards (`Iterable`): what the reward function returned.
-        completions (`list`): what it was asked about.
+        completions (`list`): the completions that it was called with.
 
     Returns:
         `torch.Tensor` of shape `(len(completions),)`, float64, on CPU.
 
     Raises:
-        `ValueError`: names the reward, the index and what is wrong, and shows the completion.
+        `ValueError`: for anything else, with the name of the reward, the index and the completion.
 
     Example:
 
@@ -278,7 +279,7 @@ def validate_rewards(name: str, rewards: Any, completions: list[Text]) -> torch.
         returned = None if len(values) == len(completions) else f"{len(values)} rewards"
     if returned is not None:
         raise ValueError(
-            f"The reward function {name!r} must return one number a completion, as a list, array or tensor of shape "
+            f"The reward function {name!r} must return one number per completion, as a list, array or tensor of shape "
             f"({len(completions)},), but returned {returned}."
         )
     for index, value in enumerate(values):
@@ -294,17 +295,17 @@ def validate_rewards(name: str, rewards: Any, completions: list[Text]) -> torch.
 
 def normalize_rewards(rewards: torch.Tensor, beta: float, log_weights: torch.Tensor | None = None) -> torch.Tensor:
     r"""
-    The normalisation P of [Mixing Preference Optimization](https://huggingface.co/papers/2502.18699), by prompt:
+    The normalization P of [Mixing Preference Optimization](https://huggingface.co/papers/2502.18699), by prompt:
 
     $$ P(r)_{jk} = r_{jk} - \beta \log \sum_j w_j \exp(r_{jk} / \beta) $$
 
-    which estimates \\(r_k(x, y_j) - \beta \log E_{y \sim \pi_{ref}} \exp(r_k(x, y) / \beta)\\) from the completions at
-    hand. Done twice it is the same as done once, and a constant added to a prompt's rewards drops out.
+    which estimates \\(r_k(x, y_j) - \beta \log E_{y \sim \pi_{ref}} \exp(r_k(x, y) / \beta)\\) from the given completions.
+    It is idempotent, and does not depend on constants added to the rewards of a prompt.
 
     Args:
-        rewards (`torch.Tensor`): shape `(prompts, m, K)`, for m completions a prompt and K objectives.
+        rewards (`torch.Tensor`): shape `(prompts, m, K)`, for m completions per prompt and K objectives.
         beta (`float`): KL coefficient β, above 0.
-        log_weights (`torch.Tensor`, *optional*): where the completions are from another proposal q than the reference,
+        log_weights (`torch.Tensor`, *optional*): if the completions are drawn from another proposal q than the reference,
             \\(\log \pi_{ref}(y_j) - \log q(y_j)\\) up to a constant, of shape `(prompts, m)`;
             \\(w = \mathrm{softmax}_j\\) of them. By default \\(w_j = 1/m\\).
 
@@ -334,8 +335,10 @@ def normalize_rewards(rewards: torch.Tensor, beta: float, log_weights: torch.Ten
     if log_weights.shape != rewards.shape[:2]:
         shapes = f"{tuple(rewards.shape[:2])}, but has {tuple(log_weights.shape)}"
         raise ValueError(f"`log_weights` must have shape (prompts, m), here {shapes}.")
-    log_weights = torch.log_softmax(log_weights, dim=-1).unsqueeze(-1)
-    return rewards - beta * torch.logsumexp(log_weights + rewards / beta, dim=-2, keepdim=True)
+    num_prompts, num_completions = rewards.shape[:2]
+    prompt = torch.arange(num_prompts, device=rewards.device).repeat_interleave(num_completions)
+    flat, log_weights = rewards.flatten(0, 1), torch.log_softmax(log_weights, dim=-1).flatten()
+    return normalize_by_prompt(flat, log_weights, prompt, num_prompts, beta).view_as(rewards)
 
 
 # Small helpers
@@ -355,7 +358,7 @@ async def _await(awaitable: Any) -> Any:
 
 @functools.cache
 def _event_loop(pid: int) -> asyncio.AbstractEventLoop:
-    # one a process, since a thread does not survive a fork
+    # one per process, since threads do not survive a fork
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="mpo_hf-async-rewards", daemon=True).start()
     return loop
@@ -396,6 +399,6 @@ def _make_reward_function(func: Any, name: str | None, processing_class: Any) ->
     if callable(func):
         return CallableReward(func, name)
     raise ValueError(
-        f"{_shorten(func)} is no reward function. Give a callable, a repo id or folder, a loaded sequence classifier or "
+        f"{_shorten(func)} is not a reward function. Give a callable, a repo id or folder, a loaded sequence classifier or "
         "a RewardModelSpec."
     )

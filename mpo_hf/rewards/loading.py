@@ -1,5 +1,6 @@
-"""Which classifier is a reward, and how it is opened with its adapter and its tokenizer."""
+"""Reward models: which output of which classifier, and how it is loaded with its adapter and its tokenizer."""
 
+import dataclasses
 import functools
 import math
 import os
@@ -10,14 +11,14 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from ..mixture.component_loading import require_safetensors
+from ..mixture.hub_files import Location, require_safetensors
+from ..mixture.tokenizer_loading import load_tokenizer
 
 
 Text = str | list[dict[str, Any]]  # plain, or a conversation
-Location = tuple[str, dict[str, Any]]  # folder or repo, and the keyword arguments that say where in it
 
 ACTIVATIONS = {
     None: lambda logits: logits,
@@ -30,37 +31,37 @@ ACTIVATIONS = {
 @dataclass
 class RewardModelSpec:
     r"""
-    Which output of which sequence classifier is an objective's reward. Given only `model`, it is what TRL's
-    GRPOTrainer makes of that model.
+    Describes which output of which sequence classifier is the reward of an objective. With `model` alone, it is the same
+    reward as in TRL's GRPOTrainer.
 
     $$ r = \mathrm{sign} \cdot \mathrm{scale} \cdot \mathrm{activation}(\mathrm{logits})_{\mathrm{logit}} + \mathrm{offset} $$
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`]): repo id, folder or loaded model. A repo or folder that is
-            itself a PEFT adapter is put on the base recorded in it.
+        model (`str` or [`~transformers.PreTrainedModel`]): repo id, folder or loaded model. A PEFT adapter is loaded
+            over the base that its config names.
         adapter (`str`, *optional*): PEFT adapter over `model`.
-        revision, subfolder (`str`, *optional*): where in the repo of `model`.
-        adapter_revision, adapter_subfolder (`str`, *optional*): where in the repo of `adapter`.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`] or `str`, *optional*): tokenizer. By default the one
-            beside the adapter, where TRL's RewardTrainer saves it; if there is none, that in the repo of the model.
+        revision, subfolder (`str`, *optional*): location in the repo of `model`.
+        adapter_revision, adapter_subfolder (`str`, *optional*): location in the repo of `adapter`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or `str`, *optional*): tokenizer. Defaults to the one
+            beside the adapter, where TRL's RewardTrainer saves it, or else to the one in the repo of the model.
         gguf_file (`str`, *optional*): GGUF file with the weights and the tokenizer of the base.
         template (`str` or `Callable[[prompt, completion], str]`, *optional*): text that is scored. A string has the
-            fields `{completion}` and, if wanted, `{prompt}`: a plain text, or the content of a single message; literal
-            braces are doubled. By default, as in TRL, the chat template over both, or both plain texts joined.
-        chat_template_kwargs (`dict`, *optional*): for the tokenizer's chat template, where that is used.
-        add_special_tokens (`bool`, defaults to `False`): whether the tokenizer adds its special tokens. As in TRL it
-            does not, because a chat template writes them itself. Encoders such as BERT need `True`.
+            field `{completion}` and optionally `{prompt}`: a plain text, or the content of a single message; literal braces
+            are doubled. Defaults, as in TRL, to the chat template applied to both, or to both plain texts joined.
+        chat_template_kwargs (`dict`, *optional*): for the tokenizer's chat template, if it is used.
+        add_special_tokens (`bool`, defaults to `False`): whether the tokenizer adds its special tokens. Not by default,
+            as in TRL, because a chat template adds them itself. Encoders such as BERT need `True`.
         logit (`int` or `str`, *optional*): index or label name of the output. Required if the model has several.
         sign (`int`, defaults to 1): 1 or -1.
         scale (`float`, defaults to 1.0): above 0.
         offset (`float`, defaults to 0.0): added last.
         activation (`str`, *optional*): `"sigmoid"` of the one logit, `"softmax"` or `"log_softmax"` over all.
-        max_length (`int`, *optional*): most tokens of an input; by default what both the model's
-            `max_position_embeddings` and the tokenizer's `model_max_length` allow. A longer input is a `ValueError`,
-            never truncated, since half a text has another reward. To cut, use a callable `template`.
-        batch_size (`int`, defaults to 8): inputs a forward pass.
-        label (`str`, *optional*): name of the objective; by default the last part of the adapter's or model's path.
-        model_kwargs (`dict`, *optional*): for the model's `from_pretrained`. The only way to switch on
+        max_length (`int`, *optional*): maximum number of tokens of an input. Defaults to the lower of the model's
+            `max_position_embeddings` and the tokenizer's `model_max_length`. A longer input is a `ValueError`, and never
+            truncated, since a part of a text has another reward. To truncate, use a callable `template`.
+        batch_size (`int`, defaults to 8): inputs per forward pass.
+        label (`str`, *optional*): name of the objective. Defaults to the last part of the adapter's or model's path.
+        model_kwargs (`dict`, *optional*): for the model's `from_pretrained`, the only way to enable
             `trust_remote_code`.
 
     Raises:
@@ -115,8 +116,8 @@ class RewardModelSpec:
         self._check("template", usable, "a callable, or a str with {completion} and perhaps {prompt} as only fields")
         indexed = self.logit is None or isinstance(self.logit, (int, str)) and not isinstance(self.logit, bool)
         self._check("logit", indexed, "an index or a label name")
-        self._check("sign", self.sign in (1, -1), "1 or -1 (for a factor there is `scale`)")
-        self._check("scale", 0 < self.scale < math.inf, "finite and above 0 (to turn a reward round, `sign=-1`)")
+        self._check("sign", self.sign in (1, -1), "1 or -1 (use `scale` for a factor)")
+        self._check("scale", 0 < self.scale < math.inf, "finite and above 0 (use `sign=-1` to reverse a reward)")
         self._check("offset", math.isfinite(self.offset), "finite")
         self._check("activation", self.activation in ACTIVATIONS, f"one of {list(ACTIVATIONS)}")
         self._check("batch_size", _is_count(self.batch_size), "an integer above 0")
@@ -136,7 +137,7 @@ def _is_count(value: Any) -> bool:
 
 
 def is_model(value: Any) -> bool:
-    # a PeftModel or a compiled model is no PreTrainedModel, but has its config
+    # PeftModels and compiled models are not PreTrainedModels, but have their config
     return isinstance(value, nn.Module) and hasattr(value, "config")
 
 
@@ -150,101 +151,93 @@ def model_name(spec: RewardModelSpec) -> str:
     return os.path.basename(os.path.normpath(os.path.join(*filter(None, parts))))
 
 
-def _given(**kwargs) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if value is not None}
-
-
 def _hub_kwargs(spec: RewardModelSpec, *more: str) -> dict[str, Any]:
     names = ("token", "cache_dir", "local_files_only", "force_download", *more)
     return {name: spec.model_kwargs[name] for name in names if name in spec.model_kwargs}
 
 
 def _locate(spec: RewardModelSpec) -> tuple[Location | None, Location | None]:
-    """Where the base and the adapter are: no base for a loaded model, no adapter where there is none."""
+    """The locations of the base and of the adapter; `None` for a base that is loaded already, and without an adapter."""
     adapter = None
     if spec.adapter is not None:
-        adapter = (spec.adapter, _given(revision=spec.adapter_revision, subfolder=spec.adapter_subfolder))
+        adapter = Location(spec.adapter, spec.adapter_revision, spec.adapter_subfolder)
     if not isinstance(spec.model, str):
         return None, adapter
-    where = _given(revision=spec.revision, subfolder=spec.subfolder)
-    if find_adapter_config_file(spec.model, **where, **_hub_kwargs(spec)) is None:
-        return (spec.model, where | _given(gguf_file=spec.gguf_file)), adapter
+    model = Location(spec.model, spec.revision, spec.subfolder)
+    if find_adapter_config_file(spec.model, **model.kwargs, **_hub_kwargs(spec)) is None:
+        return dataclasses.replace(model, gguf_file=spec.gguf_file), adapter
     if adapter is not None:
         raise ValueError(f"`model` {spec.model!r} is itself an adapter: it cannot carry `adapter` {spec.adapter!r}.")
     from peft import PeftConfig
 
-    config = PeftConfig.from_pretrained(spec.model, **where, **_hub_kwargs(spec))
+    config = PeftConfig.from_pretrained(spec.model, **model.kwargs, **_hub_kwargs(spec))
     if not config.base_model_name_or_path:
         raise ValueError(f"The adapter {spec.model!r} records no base. Give the base as `model`, this as `adapter`.")
-    base = (config.base_model_name_or_path, _given(revision=config.revision, gguf_file=spec.gguf_file))
-    return base, (spec.model, where)
+    return Location(config.base_model_name_or_path, config.revision, gguf_file=spec.gguf_file), model
 
 
-def open_model(spec: RewardModelSpec) -> tuple[nn.Module, list[Location]]:
-    """The model in evaluation mode, and where its tokenizer may be, the best place first."""
+def load_model(spec: RewardModelSpec) -> tuple[nn.Module, list[Location]]:
+    """The model in evaluation mode, and the locations where its tokenizer may be, the most specific first."""
     base, adapter = _locate(spec)
-    sources = [adapter, base or (getattr(spec.model.config, "_name_or_path", ""), {})]
     if adapter is None:
-        model = _open_base(spec, base, {}) if base else spec.model
+        model = _load_base(spec, base, {}) if base else spec.model
     else:
-        model = _open_adapter(spec, base, adapter)
-    return model.eval(), [source for source in sources if source and source[0]]
+        model = _load_adapter(spec, base, adapter)
+    if base is None:  # the user has loaded it, and its config may name where from
+        name = getattr(spec.model.config, "_name_or_path", None)
+        base = Location(name) if name else None
+    return model.eval(), [location for location in (adapter, base) if location is not None]
 
 
-def _open_adapter(spec: RewardModelSpec, base: Location | None, adapter: Location) -> nn.Module:
+def _load_adapter(spec: RewardModelSpec, base: Location | None, adapter: Location) -> nn.Module:
     from peft import PeftConfig, PeftModel, load_peft_weights
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    (path, where), hub_kwargs = adapter, _hub_kwargs(spec)
-    task_type = PeftConfig.from_pretrained(path, **where, **hub_kwargs).task_type
+    path, kwargs = adapter.name_or_path, adapter.kwargs | _hub_kwargs(spec)
+    task_type = PeftConfig.from_pretrained(path, **kwargs).task_type
     if task_type not in (None, "SEQ_CLS"):
         raise ValueError(f"The adapter {path!r} is for the task {task_type}, but a reward needs SEQ_CLS.")
     if spec.model_kwargs.get("use_safetensors", True):
-        require_safetensors(path, **where, **hub_kwargs)
-    weights = load_peft_weights(path, device="cpu", **where, **hub_kwargs)
-    model = _open_base(spec, base, weights) if base else spec.model
+        require_safetensors(path, **kwargs)
+    weights = load_peft_weights(path, device="cpu", **kwargs)
+    model = _load_base(spec, base, weights) if base else spec.model
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
             f"The model under the adapter {path!r} already carries one, and both would act. Give every reward a model "
             "of its own, for instance as a str."
         )
-    return PeftModel.from_pretrained(model, path, **where, **hub_kwargs)
+    return PeftModel.from_pretrained(model, path, **kwargs)
 
 
-def _open_base(spec: RewardModelSpec, base: Location, adapter_weights: dict[str, torch.Tensor]) -> nn.Module:
+def _load_base(spec: RewardModelSpec, base: Location, adapter_weights: dict[str, torch.Tensor]) -> nn.Module:
     # PEFT's own prefixes, the second that of prompt learning
     saved = {key.removeprefix("base_model.").removeprefix("model."): w for key, w in adapter_weights.items()}
     saved |= {key.removeprefix("base_model."): w for key, w in adapter_weights.items()}
-    # the config of a language model says nothing about the head that the adapter carries
+    # the config of a language model does not know the head that the adapter brings
     heads = [saved[key] for key in ("score.weight", "classifier.weight", "classifier.out_proj.weight") if key in saved]
-    kwargs = {"use_safetensors": None if "gguf_file" in base[1] else True}
+    kwargs: dict[str, Any] = {"use_safetensors": None if base.gguf_file else True}
     if heads:
         kwargs["num_labels"] = heads[0].shape[0]
     model, info = AutoModelForSequenceClassification.from_pretrained(
-        base[0], **base[1], output_loading_info=True, **(kwargs | spec.model_kwargs)
+        base.name_or_path, **base.kwargs, output_loading_info=True, **(kwargs | spec.model_kwargs)
     )
     random = sorted(str(key) for key in info["missing_keys"] | info["mismatched_keys"] if key not in saved)
     if random:
         raise ValueError(
-            f"{base[0]!r} is no reward model: its checkpoint lacks {random}, which would be random. Give a sequence "
-            "classifier, or an adapter that carries these weights (PEFT's `modules_to_save`)."
+            f"{base.name_or_path!r} is not a reward model: its checkpoint lacks {random}, which would be random. Give a "
+            "sequence classifier, or an adapter that carries these weights (PEFT's `modules_to_save`)."
         )
     return model
 
 
-def open_tokenizer(spec: RewardModelSpec, name: str, sources: list[Location]) -> PreTrainedTokenizerBase:
-    tokenizer, errors = spec.processing_class, []
-    if isinstance(tokenizer, str):
-        tokenizer, sources = None, [(tokenizer, {})]
-    for path, where in sources if tokenizer is None else []:
-        try:
-            kwargs = _hub_kwargs(spec, "trust_remote_code", "code_revision")
-            tokenizer = AutoTokenizer.from_pretrained(path, **where, **kwargs)
-            break
-        except (OSError, ValueError) as error:
-            errors.append(f"{path}: {str(error).strip().splitlines()[0]}")
-    if tokenizer is None:
-        raise ValueError(f"There is no tokenizer for the reward {name!r}: give `processing_class`. Tried: {errors}")
+def load_reward_tokenizer(spec: RewardModelSpec, name: str, locations: list[Location]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a reward model, with a pad token."""
+    tokenizer = spec.processing_class
+    if tokenizer is None or isinstance(tokenizer, str):
+        if isinstance(tokenizer, str):
+            locations = [Location(tokenizer)]
+        kwargs = _hub_kwargs(spec, "trust_remote_code", "code_revision")
+        tokenizer = load_tokenizer(locations, f"The reward {name!r}", "Give `processing_class`.", **kwargs)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(f"The tokenizer of reward {name!r} has no pad and no EOS token. Set its `pad_token`.")
@@ -268,5 +261,5 @@ def choose_logit(spec: RewardModelSpec, name: str, config: Any) -> int:
 
 def length_limit(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
     limits = (getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length)
-    # a tokenizer that knows no limit says 10^30
+    # the limit of a tokenizer without one is 10^30
     return min((limit for limit in limits if limit is not None and 0 < limit < 10**20), default=None)

@@ -1,16 +1,15 @@
 """Completions: sampled, scored under every policy, and kept."""
 
-from .sampling import (
+from .completions import (
     Completions,
-    completion_logps,
     completion_texts,
     eos_token_ids,
-    mixture_logps,
     pad_completions,
     pad_ids,
-    sample_completions,
     tokenize_prompts,
 )
+from .sampling import sample_completions
+from .scoring import completion_logps, mixture_logps
 from .store import RolloutStore
 
 

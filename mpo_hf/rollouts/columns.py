@@ -1,8 +1,8 @@
 """
 The numbers of all completions of a fit, in columns.
 
-A row of three policies takes about a hundred bytes. A step touches the rows that it adds and those of its own prompts;
-what takes a pass over all rows is done by NumPy, and only once they have grown by a share.
+With three policies, a row takes about a hundred bytes. A step touches the rows that it adds and those of its own prompts.
+Passes over all rows run in NumPy, and only once the number of rows has grown by `GROWTH`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,13 @@ import torch
 from ..estimation import balance_heuristic
 
 
-# What takes a pass over all rows is done again once they have grown by this share
+# A pass over all rows is repeated once their number has grown by this fraction.
 GROWTH = 1 / 64
-# so many log-probabilities of completions under proposals are weighed at a time
+# How many log-probabilities of completions under proposals `RolloutColumns.log_densities` holds at a time.
 _CHUNK = 1_000_000
 
-Proposal = tuple[float, ...]  # mixture weights; () is the reference policy
+# Mixture weights; () is the reference policy.
+Proposal = tuple[float, ...]
 
 
 class Column:
@@ -29,11 +30,11 @@ class Column:
     Args:
         dtype (`type`): the dtype of its entries.
         shape (`tuple[int, ...]`, *optional*, defaults to `()`):
-            The shape of an entry. Entries without numbers, `(0,)`, are not known: beside others they are NaN.
+            The shape of an entry. Entries of shape `(0,)` are unknown values, and become NaN beside entries of another shape.
     """
 
     def __init__(self, dtype: type, shape: tuple[int, ...] = ()):
-        self._room = np.empty((0, *shape), dtype)
+        self._buffer: np.ndarray = np.empty((0, *shape), dtype)
         self._size = 0
 
     def __len__(self) -> int:
@@ -41,29 +42,29 @@ class Column:
 
     @property
     def values(self) -> np.ndarray:
-        """All entries, as a view: those that are there never change."""
-        return self._room[: self._size]
+        """All entries, as a view. Entries never change once they are there."""
+        return self._buffer[: self._size]
 
     def extend(self, values: np.ndarray) -> None:
         """Adds entries."""
-        shape = max(values.shape[1:], self._room.shape[1:])
+        shape = max(values.shape[1:], self._buffer.shape[1:])
         size = self._size + len(values)
-        if size > len(self._room) or shape != self._room.shape[1:]:
-            room = np.empty((max(size, 2 * self._size), *shape), self._room.dtype)
-            _fill(room[: self._size], self.values)
-            self._room = room
-        _fill(self._room[self._size : size], values)
+        if size > len(self._buffer) or shape != self._buffer.shape[1:]:
+            buffer = np.empty((max(size, 2 * self._size), *shape), self._buffer.dtype)
+            _fill(buffer[: self._size], self.values)
+            self._buffer = buffer
+        _fill(self._buffer[self._size : size], values)
         self._size = size
 
 
-def _fill(room: np.ndarray, values: np.ndarray) -> None:
-    room[...] = np.nan if values.shape[1:] == (0,) else values
+def _fill(buffer: np.ndarray, values: np.ndarray) -> None:
+    buffer[...] = np.nan if values.shape[1:] == (0,) else values
 
 
-class Numbers:
+class RolloutColumns:
     """
-    What the estimate needs to know of N completions: the rows of a [`~mpo_hf.rollouts.store.RolloutStore`] without their
-    texts, and its densities. `numbers[name]` is a column, with NaN for what is not known:
+    The numbers of N completions that an estimate is made from: the rows of a [`~mpo_hf.rollouts.store.RolloutStore`] without
+    their texts, and its densities. `columns[name]` is a column, with NaN for unknown values:
 
     - `id`; `prompt` and `proposal`: indices into `prompts` and `proposals`.
     - `proposal_logps`, `reference_logps`; `policy_logps` and `rewards` of shape `(N, K)`, or `(N, 0)` if none is known.
@@ -76,7 +77,7 @@ class Numbers:
     COLUMNS = ("id", "prompt_key", "proposal", "proposal_logps", "reference_logps", "policy_logps", "rewards")
     DENSITIES = ("id", "proposal", "logps")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.prompts: dict[str, int] = {}
         self.proposals: dict[Proposal, int] = {}
         self._columns = {
@@ -88,13 +89,13 @@ class Numbers:
             "policy_logps": Column(np.float64, (0,)),
             "rewards": Column(np.float64, (0,)),
         }
-        # log-probabilities of completions under proposals that they were not drawn from: of two, the later one counts
+        # log-probabilities of completions under proposals that did not draw them; of two for the same pair, the later one counts
         self._densities = {"id": Column(np.int64), "proposal": Column(np.int32), "logps": Column(np.float64)}
         self._ids_ascend = True
-        # rows in the order of their prompts, and where those of each prompt begin
-        self._by_prompt = (np.empty(0, np.int64), np.zeros(1, np.int64))
-        # a proposal, the rows that are known under it, and how many densities have been looked through
-        self._known = (-1, Column(bool), 0)
+        # rows sorted by prompt, and the place where the rows of each prompt begin
+        self._by_prompt: tuple[np.ndarray, np.ndarray] = (np.empty(0, np.int64), np.zeros(1, np.int64))
+        # a proposal, a flag for each row whether a density under it is known, and how many densities have been read
+        self._known: tuple[int, Column, int] = (-1, Column(bool), 0)
 
     def __len__(self) -> int:
         return len(self._columns["id"])
@@ -103,7 +104,7 @@ class Numbers:
         return self._columns[name].values
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Numbers):
+        if not isinstance(other, RolloutColumns):
             return NotImplemented
         pairs = zip(
             [*self._columns.values(), *self._densities.values()],
@@ -113,11 +114,11 @@ class Numbers:
             np.array_equal(mine.values, others.values, equal_nan=True) for mine, others in pairs
         )
 
-    # ---- what comes in ----
+    # ---- adding rows ----
 
     def extend(self, rows: pa.Table) -> None:
         """
-        Adds rows, each once: several processes fill up their last batch with the first rows again.
+        Adds rows, each of them once: with several processes, the last batch is filled up with rows that came before.
 
         Args:
             rows (`pyarrow.Table`): columns `COLUMNS` of the store.
@@ -162,7 +163,7 @@ class Numbers:
         found = map(tuple, proposals.to_pylist())
         return np.array([self.proposals.setdefault(weights, len(self.proposals)) for weights in found], np.int32)
 
-    # ---- what a step asks for ----
+    # ---- queries of a step ----
 
     def proposals_of(self, keys: Sequence[str]) -> list[Proposal]:
         """The proposals that drew completions of some prompts, in the order of their weights."""
@@ -170,7 +171,7 @@ class Numbers:
         return sorted(weights for weights, index in self.proposals.items() if index in drew)
 
     def unknown_under(self, proposal: Proposal, keys: Sequence[str]) -> list[int]:
-        """Ids of the completions of some prompts that have no log-probability under a proposal, in the order of rows."""
+        """Ids of those completions of some prompts whose log-probability under a proposal is unknown, in the order of rows."""
         rows = self._rows_of_prompts(keys)
         index = self.proposals.get(proposal, -1)
         missing = (self["proposal"][rows] != index) & ~self._known_under(index)[rows]
@@ -188,7 +189,7 @@ class Numbers:
         return np.sort(np.concatenate([*sorted_in, recent]))
 
     def _known_under(self, proposal: int) -> np.ndarray:
-        """For every row whether its log-probability under a proposal that did not draw it is known."""
+        """A flag for every row: whether its density under a proposal that did not draw it is known."""
         last, known, seen = self._known
         if proposal != last:
             known, seen = Column(bool), 0
@@ -200,23 +201,23 @@ class Numbers:
         return known.values
 
     def _rows_of_ids(self, ids: np.ndarray) -> np.ndarray:
-        """The row of every id, -1 for those that are not there."""
+        """The row of every id; -1 for ids that are not there."""
         own = self["id"]
         if len(own) == 0:
             return np.full(len(ids), -1)
-        # they ascend, unless somebody has put the store together from several
+        # ids ascend, except in a store that was put together from several
         order = None if self._ids_ascend else np.argsort(own, kind="stable")
         rows = np.searchsorted(own, ids, sorter=order).clip(max=len(own) - 1)
         rows = rows if order is None else order[rows]
         return np.where(own[rows] == ids, rows, -1)
 
-    # ---- what a table asks for ----
+    # ---- densities of all rows ----
 
     def log_densities(self, rows: int, all_under_reference: bool) -> np.ndarray:
         """
-        The log-density that each of the first `rows` completions was drawn from by all proposals of its prompt together;
-        see [`~mpo_hf.estimation.balance_heuristic`]. Where it is not known under all of them, that of its own proposal,
-        which is a valid density as well.
+        The log-density of each of the first `rows` completions under all proposals of its prompt together; see
+        [`~mpo_hf.estimation.balance_heuristic`]. Where the density under one of them is unknown, it is the log-density
+        under the completion's own proposal, which is valid as well.
 
         Args:
             rows (`int`): how many rows.
@@ -246,11 +247,11 @@ class Numbers:
         self, prompt: np.ndarray, column: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """
-        The first rows, whose prompts are given, all rows of some prompts at a time; and of the densities that fall into a
-        block the row in it, the column, and the log-density.
+        Blocks of the rows whose prompts are given, each with all rows of some prompts; for the densities that belong to a
+        block, their rows in it, their columns and their log-densities.
         """
         order, ends = np.argsort(prompt, kind="stable"), np.cumsum(np.bincount(prompt))
-        place_of = np.full(len(self) + 1, -1)  # the last one is for ids that are not there
+        place_of = np.full(len(self) + 1, -1)  # the last entry is for ids that are not there
         place_of[order] = np.arange(len(order))
         place = place_of[self._rows_of_ids(self._densities["id"].values)]
         columns = column[self._densities["proposal"].values]
@@ -271,7 +272,7 @@ def _floats(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _vectors(column: pa.ChunkedArray) -> np.ndarray:
-    """Lists of K numbers as an array of shape `(N, K)`, `(N, 0)` where none is known."""
+    """Lists of K numbers as an array of shape `(N, K)`, or `(N, 0)` where no list is known."""
     lists = column.combine_chunks()
     known = lists.is_valid().to_numpy(zero_copy_only=False)
     if not known.any():

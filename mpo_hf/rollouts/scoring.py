@@ -1,17 +1,17 @@
 """
 Log-probabilities of completions under several policies.
 
-A prompt is read once for all of its completions, which go on from its keys and values. Completions of about the same
-length share a forward pass, and adapters over one base run side by side where those of a mixture would.
+Each prompt is read once, and its completions continue from its keys and values. Completions of similar length share a
+forward pass. Adapters over one base run side by side wherever the adapters of a mixture would.
 """
 
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedConfig
 
 from ..mixture.component_loading import PolicyHandle
 from ..mixture.configuration_mixture import MixturePolicyConfig
@@ -19,15 +19,13 @@ from ..mixture.mixture_cache import component_views
 from ..mixture.modeling_mixture import MixturePolicyModel
 from ..mixture.pooling import log_linear_pool, row_parts
 from ..mixture.stacked_cache import can_stack
-
-
-if TYPE_CHECKING:
-    from .sampling import Completions
+from .completions import Completions
 
 
 class CompletionScorer:
     """
-    Log-probabilities of whole completions under several policies. What adapters side by side need is made once.
+    Computes log-probabilities of whole completions under several policies. Policies over one base are grouped once, when it is
+    created.
 
     Args:
         policies (`Sequence[MixturePolicyModel]`): K policies, such as [`MixturePolicyModel.policy`] returns.
@@ -38,24 +36,24 @@ class CompletionScorer:
         for k, policy in enumerate(policies):
             groups.setdefault(_single_model(policy) or k, []).append(k)
         self._count = len(policies)
-        # the policies that run together, the model that they are components of, and whether to pool these
+        # the policies that run together, the model whose components they are, and whether its components are pooled
         self._groups = [
             (members, _as_one([policies[k] for k in members]), isinstance(key, int)) for key, members in groups.items()
         ]
 
-    def logps(self, completions: "Completions", batch_size: int = 8) -> torch.Tensor:
-        """See [`~rollouts.completion_logps`]."""
+    def logps(self, completions: Completions, batch_size: int = 8) -> torch.Tensor:
+        """See [`~mpo_hf.rollouts.completion_logps`]."""
         return self.mixture_logps(completions, [], batch_size=batch_size)[0]
 
     @torch.no_grad()
     def mixture_logps(
         self,
-        completions: "Completions",
+        completions: Completions,
         mixtures: Sequence[Sequence[float]],
         temperature: float = 1.0,
         batch_size: int = 8,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See [`~rollouts.mixture_logps`]."""
+        """See [`~mpo_hf.rollouts.mixture_logps`]."""
         policy_logps = torch.zeros(len(completions), self._count, dtype=torch.float64)
         pooled_logps = torch.zeros(len(completions), len(mixtures), dtype=torch.float64)
         for prompts in _prompt_batches(completions, batch_size):
@@ -68,16 +66,58 @@ class CompletionScorer:
                         if mixtures:
                             held[k] = logits
                 for s, weights in enumerate(mixtures):
-                    logits = [held[k] for k in range(self._count)]
-                    pooled_logps[batch.rows, s] = batch.logps(logits, weights, temperature)
+                    by_policy = [held[k] for k in range(self._count)]
+                    pooled_logps[batch.rows, s] = batch.logps(by_policy, weights, temperature)
         return policy_logps, pooled_logps
+
+
+def completion_logps(
+    policies: Sequence[MixturePolicyModel], completions: Completions, batch_size: int = 8
+) -> torch.Tensor:
+    r"""
+    Log-probabilities of whole completions under K policies.
+
+    Args:
+        policies (`Sequence[MixturePolicyModel]`): the policies, such as [`MixturePolicyModel.policy`] returns.
+        completions ([`Completions`]): N completions.
+        batch_size (`int`, *optional*, defaults to 8): completions a forward pass.
+
+    Returns:
+        `torch.Tensor`: \\(\log \pi_k(y)\\) of shape `(N, K)`, float64, on the CPU.
+    """
+    return CompletionScorer(policies).logps(completions, batch_size)
+
+
+def mixture_logps(
+    policies: Sequence[MixturePolicyModel],
+    completions: Completions,
+    mixtures: Sequence[Sequence[float]],
+    temperature: float = 1.0,
+    batch_size: int = 8,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Log-probabilities of whole completions under K policies, and under S token-level mixtures of them, in one pass of
+    each policy.
+
+    Args:
+        policies (`Sequence[MixturePolicyModel]`): the policies, such as [`MixturePolicyModel.policy`] returns.
+        completions ([`Completions`]): N completions.
+        mixtures (`Sequence[Sequence[float]]`): the mixture weights of each mixture, S of K.
+        temperature (`float`, *optional*, defaults to 1.0): temperature that the mixtures are sampled at.
+        batch_size (`int`, *optional*, defaults to 8): completions a forward pass.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: \\(\log \pi_k(y)\\) of shape `(N, K)`, and the log-probability of y when
+        it is drawn from each mixture, of shape `(N, S)`; float64, on the CPU.
+    """
+    return CompletionScorer(policies).mixture_logps(completions, mixtures, temperature, batch_size)
 
 
 def read_prompts(
     policy: MixturePolicyModel, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, **kwargs
 ) -> DynamicCache | None:
     """
-    Keys and values of prompts without their last token, for their completions to go on from.
+    Keys and values of prompts without their last token, for their completions to continue from.
 
     Args:
         policy ([`MixturePolicyModel`]): the policy.
@@ -86,7 +126,7 @@ def read_prompts(
         kwargs: further arguments for the policy, such as `mixture_weights`.
 
     Returns:
-        [`~transformers.DynamicCache`], or `None` where there is nothing to keep, or it cannot be repeated by row.
+        [`~transformers.DynamicCache`], or `None` if all prompts have one token, or if the rows of the cache cannot be repeated.
     """
     cache = DynamicCache(config=policy.config)
     if prompt_ids.shape[1] < 2 or not can_stack([cache]):
@@ -141,15 +181,17 @@ class _Prompts:
     mask: torch.Tensor
     rows: list[list[int]]
 
-    def completions(self, completions: "Completions", size: int) -> "Iterator[_Batch]":
-        """Their completions, at most so many at a time, the longest first."""
+    def completions(self, completions: Completions, size: int) -> "Iterator[_Batch]":
+        """Batches of at most `size` of their completions, the longest first."""
         lengths = completions.completion_mask.sum(-1).tolist()
         pairs = [(row, prompt) for prompt, rows in enumerate(self.rows) for row in rows]
         pairs.sort(key=lambda pair: -lengths[pair[0]])
         for start in range(0, len(pairs), size):
             rows, prompts = map(list, zip(*pairs[start : start + size]))
             columns = slice(0, max(1, lengths[rows[0]]))
-            ids, mask = _known(completions.completion_ids[rows, columns], completions.completion_mask[rows, columns])
+            ids, mask = _mask_padding(
+                completions.completion_ids[rows, columns], completions.completion_mask[rows, columns]
+            )
             yield _Batch(
                 rows=rows,
                 prompts=prompts,
@@ -162,7 +204,7 @@ class _Prompts:
 
 @dataclass
 class _Batch:
-    """What predicts the completions of one forward pass, their rows among all, and which prompts they belong to."""
+    """The inputs of one forward pass, and the rows and prompts of the completions that it predicts."""
 
     rows: list[int]
     prompts: list[int]
@@ -177,8 +219,8 @@ class _Batch:
         return sum_over_tokens(logps, self.completion_mask.to(logps.device))
 
 
-def _prompt_batches(completions: "Completions", size: int) -> Iterator[_Prompts]:
-    """Different prompts, at most so many at a time, the longest first."""
+def _prompt_batches(completions: Completions, size: int) -> Iterator[_Prompts]:
+    """Batches of at most `size` distinct prompts, the longest first."""
     rows_of: dict[tuple[int, ...], list[int]] = {}
     for row, (ids, mask) in enumerate(zip(completions.prompt_ids.cpu(), completions.prompt_mask.bool().cpu())):
         rows_of.setdefault(tuple(ids[mask].tolist()), []).append(row)
@@ -186,20 +228,20 @@ def _prompt_batches(completions: "Completions", size: int) -> Iterator[_Prompts]
     for start in range(0, len(prompts), size):
         batch = prompts[start : start + size]
         first, columns = [rows_of[prompt][0] for prompt in batch], slice(-max(1, len(batch[0])), None)
-        ids, mask = _known(completions.prompt_ids[first, columns], completions.prompt_mask[first, columns])
+        ids, mask = _mask_padding(completions.prompt_ids[first, columns], completions.prompt_mask[first, columns])
         yield _Prompts(ids, mask, [rows_of[prompt] for prompt in batch])
 
 
-def _known(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Padding may be an id that some policy has no embedding for."""
+def _mask_padding(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replaces padding by token 0, as some policy may have no embedding for the padding's id."""
     return ids.masked_fill(mask == 0, 0), mask
 
 
 # ---- policies ----
 
 
-def _single_model(policy: MixturePolicyModel) -> tuple[int, int] | None:
-    """For a policy that is one model as it is: equal for those that run on the same one. `None` for a mixture."""
+def _single_model(policy: MixturePolicyModel) -> tuple[int, int | None] | None:
+    """A key for a policy that is a single model; policies that run on the same model have equal keys. `None` for a mixture."""
     config = policy.config
     if config.mixture_weights != [1.0] or config.plausibility or hasattr(policy, "peft_config"):
         return None
@@ -212,7 +254,8 @@ def _as_one(policies: Sequence[MixturePolicyModel]) -> MixturePolicyModel:
         return policies[0]
     backbone = policies[0].backbones[policies[0].policies[0].backbone]
     config = MixturePolicyConfig(
-        component_configs=[backbone.config] * len(policies), vocab_size=policies[0].config.vocab_size
+        component_configs=[cast(PreTrainedConfig, backbone.config)] * len(policies),
+        vocab_size=policies[0].config.vocab_size,
     )
     handles = [PolicyHandle(0, policy.policies[0].adapter) for policy in policies]
     return MixturePolicyModel(config, [backbone], handles).eval()
@@ -229,15 +272,15 @@ def _logits(
     if pools:
         yield model(ids, batch.mask, cache=cache, **common).logits
         return
-    inputs = model._inputs_for_all(ids, batch.mask, None) | common
+    inputs = model._inputs_for_all(cast(torch.LongTensor, ids), batch.mask, None) | common
     components = range(len(model.policies))
     counts = [decoder.num_hidden_layers for decoder in model.config.decoder_configs]
-    views = component_views(cache, components, counts) if cache is not None else {}
+    views: dict[int, Cache] = dict(component_views(cache, components, counts)) if cache is not None else {}
     yield from model._component_logits(components, inputs, views, {})
 
 
 def _rows(cache: DynamicCache, rows: list[int]) -> DynamicCache:
-    """Some rows of a cache, as a cache of their own."""
+    """A new cache with some rows of a cache."""
     part = copy.copy(cache)
     part.layers = [copy.copy(layer) for layer in cache.layers]
     part.batch_select_indices(torch.tensor(rows))

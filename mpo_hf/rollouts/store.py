@@ -1,4 +1,4 @@
-"""Every sampled completion with everything that is known of it, in parquet shards that are written whole or not at all."""
+"""A folder of sampled completions with all their numbers, in parquet shards that are each written completely or not at all."""
 
 import itertools
 import json
@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +19,12 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 INFO = "rollouts.json"
-# rows that are read together, at the least
+# Rows in a row group, which is the least that can be read.
 ROW_GROUP = 1024
-# an id is a step, a part of it and a row of that
+# An id holds a step, the number of a part of the step, and the number of a row of the part.
 STEP_BITS, PART_BITS, MAX_PART = 40, 24, 0xFFFF
 SHARD = re.compile(r"(?P<kind>rollouts|densities)-(?P<step>\d{8})-(?P<part>\d{4,})\.parquet")
-# what the columns of a dataset may not be called, because rollouts have columns of these names
+# Columns of rollouts: a dataset of prompts cannot have columns of these names.
 COLUMNS = (
     "completion",
     "completion_ids",
@@ -38,7 +38,7 @@ COLUMNS = (
     "rewards",
     "step",
 )
-# also in a shard that knows none of them, so that all shards together are one dataset
+# Types of columns that may be empty. Every shard has the same types, so that all shards together are one dataset.
 _TYPES = {
     "policy_logps": pa.list_(pa.float64()),
     "reference_logps": pa.float64(),
@@ -47,7 +47,7 @@ _TYPES = {
 
 
 class _Rows(Dataset):
-    """Rows with the types that `Dataset` gives them, but no fingerprint: that would take longer than all else."""
+    """Rows with the types that `Dataset` infers, without a fingerprint, which would take longer than everything else."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"fingerprint": "rollouts", **kwargs})
@@ -57,24 +57,24 @@ class RolloutStore:
     r"""
     A folder of completions. Each batch writes one shard, `rollouts-{step}-{part}.parquet`, a row a completion:
 
-    - `prompt`, `completion` and the dataset's other columns, as rewards saw them; `prompt_ids` and `completion_ids`.
+    - `prompt`, `completion` and the dataset's other columns, as rewards got them; `prompt_ids` and `completion_ids`.
     - `step`, `id` (unique within the store), `prompt_key` (equal for completions of one prompt).
     - `proposal`: the mixture weights that it was drawn with, or an empty list for the reference policy;
       `proposal_logps`: \\(\log q(y)\\) under that proposal.
-    - `policy_logps` (K numbers), `reference_logps`, `rewards` (one an objective), each `null` when not known.
+    - `policy_logps` (K numbers), `reference_logps`, `rewards` (one an objective), each `null` if unknown.
 
     When a prompt is visited again with another proposal, `densities-{step}-{part}.parquet` adds the log-probabilities of
     its earlier completions under it: columns `id`, `proposal`, `logps`.
 
-    The folder is a dataset: `load_dataset("parquet", data_files="_rollouts/rollouts-*.parquet")` opens it.
+    The folder is a dataset: `load_dataset("parquet", data_files="_rollouts/rollouts-*.parquet")` loads it.
 
     Args:
-        folder (`str` or `os.PathLike`): where the shards are; it is created with the first one.
+        folder (`str` or `os.PathLike`): the folder of the shards. It is created with the first one.
         info (`dict`):
-            What the completions belong to: the policies, the reference, the rewards. Kept in `rollouts.json`.
+            The policies, the reference and the rewards that the completions belong to, written to `rollouts.json`.
 
     Raises:
-        `ValueError`: when the folder holds completions that belong to something else.
+        `ValueError`: when the folder holds completions of other policies or rewards.
     """
 
     def __init__(self, folder: str | os.PathLike, info: dict[str, Any]):
@@ -94,11 +94,11 @@ class RolloutStore:
 
     def warn_of_other_policies(self, info: dict[str, Any]) -> None:
         """
-        Warns where completions were scored under policies that are found elsewhere than those of a fit, which may or may not
-        be the same ones.
+        Warns if completions were scored under policies from other places than those of a fit. These may or may not be the same
+        policies.
 
         Args:
-            info (`dict`): what the completions of the fit belong to.
+            info (`dict`): the policies and the reference of the fit.
         """
         for name, now in [*zip(info["objectives"], info["policies"]), (None, info["reference"])]:
             before = self.info.get("reference")
@@ -112,7 +112,7 @@ class RolloutStore:
                 )
 
     def shards(self, kind: str = "rollouts", last_step: int | None = None) -> list[Path]:
-        """The shards of a kind, of all steps or up to a last one, in the order of steps and processes."""
+        """The shards of a kind, of all steps or of those up to `last_step`, in the order of steps and processes."""
         if not self.folder.is_dir():
             return []
         found = [m for name in os.listdir(self.folder) if (m := SHARD.fullmatch(name)) and m["kind"] == kind]
@@ -120,7 +120,7 @@ class RolloutStore:
         return [self.folder / name for step, _, name in places if last_step is None or step <= last_step]
 
     def path(self, kind: str, step: int, part: int) -> Path:
-        """Where a shard is."""
+        """The path of a shard."""
         return self.folder / f"{kind}-{step:08d}-{part:04d}.parquet"
 
     def write(self, kind: str, step: int, part: int, columns: dict[str, Sequence]) -> None:
@@ -130,7 +130,7 @@ class RolloutStore:
         Args:
             kind (`str`): `"rollouts"` or `"densities"`.
             step (`int`): the step that it belongs to.
-            part (`int`): the process, or the batch of a process, that writes it.
+            part (`int`): the number of the process, or of the batch of a process, that writes it.
             columns (`dict[str, Sequence]`): its columns.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ class RolloutStore:
         )
 
     def discard_after(self, step: int) -> None:
-        """Removes what was written after a step: a run that goes on from there will draw it again."""
+        """Removes the shards of later steps. A run that resumes from this step draws their completions again."""
         kept = {*self.shards("densities", step), *self.shards(last_step=step)}
         for path in [*self.shards("densities"), *self.shards()]:
             if path not in kept:
@@ -181,7 +181,7 @@ class RolloutStore:
 
     def find(self, ids: Sequence[int], columns: Sequence[str]) -> dict[str, list]:
         """
-        Columns of completions that were sampled here, from the shards and row groups that their ids say they are in.
+        Columns of completions that were sampled into this store. Their ids determine which shards and row groups are read.
 
         Args:
             ids (`Sequence[int]`): ids of completions; see [`~mpo_hf.rollouts.store.first_id`].
@@ -200,10 +200,10 @@ class RolloutStore:
 
 
 def first_id(step: int, part: int) -> int:
-    """The id of the first completion of a shard; those after it count on."""
+    """The id of the first completion of a shard. The ids of the others follow it."""
     if part > MAX_PART:
         raise ValueError(
-            f"A step can have {MAX_PART + 1} batches, of all processes together, this is number {part + 1}. Lower "
+            f"A step can have at most {MAX_PART + 1} batches over all processes, and this is number {part + 1}. Lower "
             "`gradient_accumulation_steps`."
         )
     return step << STEP_BITS | part << PART_BITS
@@ -216,7 +216,7 @@ def _row_group_ends(shard: pyarrow.parquet.ParquetFile) -> np.ndarray:
 
 
 def write_whole(path: Path, write: Any) -> None:
-    """Writes a file under another name and then moves it into place, so that it is there whole or not at all."""
+    """Writes a file under another name and moves it into place, so that no one finds a part of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(partial)
@@ -228,19 +228,19 @@ def write_whole(path: Path, write: Any) -> None:
 
 
 def _place(component: dict[str, Any]) -> dict[str, Any]:
-    """Where a component was found."""
+    """The place that a component was loaded from."""
     fields = ("name_or_path", "revision", "subfolder", "gguf_file", "adapter", "adapter_revision", "adapter_subfolder")
     return {name: component[name] for name in fields if component.get(name) is not None}
 
 
 class StoredCompletions(torch.utils.data.Dataset):
     """
-    The completions of a store as a dataset, read as they are asked for: what is in memory is the row group of the last
-    one.
+    The completions of a store as a dataset. Rows are read on access, and only the row group that was read last is kept in
+    memory.
 
     Args:
         store ([`RolloutStore`]): the store.
-        objectives (`Sequence[str]`): the objectives whose numbers are picked from those of the store, in this order.
+        objectives (`Sequence[str]`): the objectives whose numbers are selected from those of the store, in this order.
     """
 
     def __init__(self, store: RolloutStore, objectives: Sequence[str]):
@@ -280,7 +280,7 @@ class StoredCompletions(torch.utils.data.Dataset):
         return self._last[1]
 
     def _pick(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Numbers of the objectives at hand; `None` where one of them is not known."""
+        """Selects the numbers of the objectives; `None` if one of them is unknown."""
         for name in ("policy_logps", "rewards"):
             values = row[name]
             unknown = values is None or None in self._objectives
@@ -290,8 +290,8 @@ class StoredCompletions(torch.utils.data.Dataset):
 
 class GivenRows(Sequence):
     """
-    A batch of a dataset of completions. It is no list: that Trainer and Accelerate would look through for tensors, down to
-    every number, which takes longer than all else that is done with it.
+    A batch of a dataset of completions. It is not a list because Trainer and Accelerate search lists for tensors, down to every
+    number, which would take longer than everything else that is done with the batch.
     """
 
     def __init__(self, rows: list[dict[str, Any]]):
@@ -300,7 +300,13 @@ class GivenRows(Sequence):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+
+    def __getitem__(self, index):
         return self._rows[index]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -311,32 +317,34 @@ def given_rollouts(
     rollouts: str | os.PathLike | Dataset, objectives: Sequence[str]
 ) -> tuple[StoredCompletions | Dataset, RolloutStore | None]:
     """
-    Completions that are known already, as a dataset whose columns fit the objectives at hand, and the store that they are
-    from.
+    Completions that were sampled before, as a dataset whose numbers are those of the objectives of a fit, and the store that
+    they come from.
 
     Args:
         rollouts (`str`, `os.PathLike` or `Dataset`):
-            The folder of a [`RolloutStore`], or a table with the columns `prompt` and `completion` or `completion_ids`;
-            other columns of the store are used where they are there.
+            The folder of a [`RolloutStore`], or a table with the columns `prompt` and `completion` or `completion_ids`. Other
+            columns of a store are used if the table has them.
         objectives (`Sequence[str]`):
-            The objectives of the fit, whose numbers are picked from those of the store.
+            The objectives of the fit. Their numbers are selected from those of the store.
 
     Raises:
-        `ValueError`: for a folder that is no store, and for a table that lacks what cannot be computed.
+        `ValueError`: for a folder that is not a store, and for a table without a column that cannot be computed.
     """
-    store = None
-    if not isinstance(rollouts, Dataset):
-        folder = Path(rollouts)
-        if not (folder / INFO).is_file():
-            raise ValueError(f"The folder {str(folder)!r} holds no rollouts: there is no {INFO} in it.")
-        store = RolloutStore(folder, json.loads((folder / INFO).read_text()))
-        if not store.shards():
-            raise ValueError(f"The folder {str(folder)!r} holds no completions yet.")
-        rollouts = StoredCompletions(store, objectives)
-    missing = [name for name in ("prompt", "completion") if name not in rollouts.column_names]
-    if missing and not (missing == ["completion"] and "completion_ids" in rollouts.column_names):
-        raise ValueError(f"Rollouts need the columns 'prompt' and 'completion', these have {rollouts.column_names}.")
-    if store is None:
+    if isinstance(rollouts, Dataset):
+        _check_columns(rollouts.column_names)
         own = [name for name in ("id", "step", "prompt_key") if name in rollouts.column_names]
-        rollouts = rollouts.remove_columns(own).add_column("id", np.arange(len(rollouts)))
-    return rollouts, store
+        return rollouts.remove_columns(own).add_column("id", np.arange(len(rollouts))), None
+    folder = Path(rollouts)
+    if not (folder / INFO).is_file():
+        raise ValueError(f"The folder {str(folder)!r} holds no rollouts: there is no {INFO} in it.")
+    store = RolloutStore(folder, json.loads((folder / INFO).read_text()))
+    if not store.shards():
+        raise ValueError(f"The folder {str(folder)!r} holds no completions yet.")
+    stored = StoredCompletions(store, objectives)
+    _check_columns(stored.column_names)
+    return stored, store
+
+
+def _check_columns(names: Sequence[str]) -> None:
+    if "prompt" not in names or not {"completion", "completion_ids"} & set(names):
+        raise ValueError(f"Rollouts need the columns 'prompt' and 'completion'; these have {list(names)}.")

@@ -1,4 +1,4 @@
-"""What a fit has measured, for its model card."""
+"""The measurements of a fit, for its model card."""
 
 import importlib.util
 import math
@@ -13,7 +13,7 @@ from .plots import plot_fit
 
 PLOT_NAME = "weights.png"
 
-# Means and standard errors, by what they are of and by objective.
+# Means and standard errors, by policy and by objective.
 Rewards = dict[str, dict[str, float | tuple[float, float]]]
 
 
@@ -24,19 +24,19 @@ def measured_rewards(
     objectives: Sequence[str] = (),
 ) -> tuple[Rewards, str]:
     """
-    Mean rewards of the completions that a fit drew, what the mixture reaches by the estimate from all of them, and
-    sentences that say what these are.
+    Mean rewards of the completions that a fit drew, estimated rewards of the mixture, and sentences that explain them.
 
     Args:
         log_history (`Sequence[dict]`): `trainer.state.log_history`.
         proposal (`str`):
-            `"reference"`: all steps measured the same policy. `"mixture"`: the first and last tenth of the steps are
-            told apart, since the mixture moves.
-        certificate ([`~mpo_hf.estimation.Certificate`], *optional*): how good the weights are.
+            `"reference"`: one row, as all steps measured the same policy. `"mixture"`: the first and the last tenth of the
+            steps have a row each, as the mixture changes.
+        certificate ([`~mpo_hf.estimation.Certificate`], *optional*): the certificate of the weights.
         objectives (`Sequence[str]`, *optional*): names of the objectives, for the certificate.
 
     Returns:
-        `tuple[dict, str]`: for every row of a table, each objective's mean and, over several steps, its standard error.
+        `tuple[dict, str]`: for every row of a table, the mean reward of each objective, with its standard error if there are
+        several steps; and the sentences.
     """
     rewards, note = _sampled_rewards(log_history, proposal)
     if certificate is None:
@@ -81,7 +81,7 @@ def _sampled_rewards(log_history: Sequence[dict[str, Any]], proposal: str) -> tu
 
 
 def save_plot(log_history: Sequence[dict[str, Any]], folder: str | os.PathLike) -> str | None:
-    """Draws the fit into a folder, if there has been one and matplotlib is installed; returns the name of the file."""
+    """Saves a plot of a fit into a folder, if there was a fit and matplotlib is installed; returns the name of the file."""
     steps = [entry for entry in log_history if "loss" in entry and any(key.startswith("weights/") for key in entry)]
     if not steps or importlib.util.find_spec("matplotlib") is None:
         return None

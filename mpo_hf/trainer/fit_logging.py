@@ -1,4 +1,4 @@
-"""What a fit logs: of its completions, of its estimate, and of the weights that it found."""
+"""The metrics that a fit logs: of its completions, of its objective, and of its weights."""
 
 from collections import defaultdict
 
@@ -15,7 +15,7 @@ logger = logging.get_logger(__name__)
 
 
 class FitLogging:
-    """The part of [`MPOTrainer`] that collects numbers and logs their means."""
+    """The part of [`MPOTrainer`] that collects metrics and logs their means."""
 
     args: MPOConfig
     model: MixturePolicyModel
@@ -26,7 +26,7 @@ class FitLogging:
         self._warned_collapse = False
 
     def record(self, mode: str, name: str, values: torch.Tensor) -> None:
-        """Adds the mean of `values` over all processes to what is logged next; `mode` is "train" or "eval"."""
+        """Adds the mean of `values` over all processes to the metrics that are logged next; `mode` is "train" or "eval"."""
         gathered = self.accelerator.gather(values.detach().float().to(self.accelerator.device))
         self._metrics[mode][name].append(gathered.mean().item())
 
@@ -59,9 +59,9 @@ class FitLogging:
                 self.record(mode, f"ensembles/{name}/{metric}", values)
 
     def _record_certificate(self) -> None:
-        """What is known of the weights after they have been fitted to a larger table."""
-        certificate, fraction = self.certificate, self.rollouts.effective_sample_size
-        self._record_loss("train", self.rollouts.loss(self.weights.detach()))
+        """Records the quality of the weights after they have been fitted to a new estimate."""
+        certificate, fraction = self.certificate, self.rollout_fit.effective_sample_fraction
+        self._record_loss("train", self.rollout_fit.loss(self.weights.detach()))
         self.record("train", "effective_sample_size", torch.tensor([fraction]))
         self._warn_of_collapse(fraction)
         if certificate is not None:
@@ -71,8 +71,8 @@ class FitLogging:
             if certificate.mixture_rewards is not None:
                 for name, reward in zip(self.objective_names, certificate.mixture_rewards):
                     self.record("train", f"mixture_rewards/{name}", reward.reshape(1))
-            if certificate.shortfall is not None:
-                self.record("train", "shortfall", torch.tensor([certificate.shortfall]))
+            if certificate.mixture_duality_gap is not None:
+                self.record("train", "mixture_duality_gap", torch.tensor([certificate.mixture_duality_gap]))
 
     def _warn_of_collapse(self, fraction: float) -> None:
         if fraction >= self.args.min_effective_sample_size or self._warned_collapse:

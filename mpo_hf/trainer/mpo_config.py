@@ -10,7 +10,7 @@ from ..estimation.reward_scales import SCALES
 
 
 WELFARES = ("max_min", "weighted_sum", "nash", "alpha_fair", "cvar")
-# in nats: what is left to gain is then a hundredth of β at most
+# In nats: the welfare is then at most a hundredth of β below that of the best weights.
 DEFAULT_TOLERANCE = 0.01
 
 
@@ -23,58 +23,58 @@ class MPOConfig(TrainingArguments):
 
     Args:
         objective (`str`, *optional*, defaults to `"reward"`):
-            `"reward"`: the dual objective of MPO, from what the reward functions measure, on their own scale. It takes every
-            policy to be optimal for its reward. `"achieved"`: what the mixture of these very policies reaches, less β
-            times its divergence from the reference. The same where they are optimal, and better where they are not; needs
-            `estimator="mis"`. `"implicit"`: the log-ratios of the policies to each other, without any reward function;
-            there the most aggressively trained policy pulls weight towards itself.
+            `"reward"`: the dual objective of MPO, with the rewards of the reward functions on their own scale. It assumes that
+            every policy is optimal for its reward. `"achieved"`: the welfare that the mixture of the given policies reaches,
+            less β times its divergence from the reference. Its weights are the same for optimal policies, and better for
+            others; it needs `estimator="mis"`. `"implicit"`: the log-ratios of the policies to each other, without reward
+            functions. The most aggressively trained policy then gains weight.
         beta (`float`, *optional*, defaults to 0.1):
-            KL coefficient β, in the units of the rewards. Smaller values trust the rewards more and the reference less;
+            KL coefficient β, in the units of the rewards. Smaller values allow the mixture to move further from the reference;
             very small ones leave few effective samples. Unused by the implicit objective.
         proposal (`str`, *optional*):
             The policy that completions are drawn from. `"reference"`: the reference policy, as in the paper's
-            Algorithm 2. `"mixture"`: the current mixture, reweighted exactly. Defaults to `"reference"` for the reward
-            objective and to `"mixture"` for the others, where samples of the reference collapse.
+            Algorithm 2. `"mixture"`: the current mixture, with exact importance weights. Defaults to `"reference"` for the
+            reward objective and to `"mixture"` for the others, whose importance weights collapse with the reference.
         welfare (`str`, *optional*, defaults to `"max_min"`):
-            What is made as large as it can be, of the gains of the objectives, less β times the divergence from the
-            reference. `"max_min"`: the worst-off objective, as in the paper. `"weighted_sum"`: as in MORLHF and
-            multi-objective decoding; the weights are `welfare_weights` then, and a fit measures what they reach. `"nash"`:
-            the product of the gains over the reference. `"alpha_fair"`: α-fairness, between all of these. `"cvar"`: the
-            worst-off share of the objectives. Other than the max-min need `estimator="mis"`.
+            The function of the objectives' gains that is maximized, less β times the divergence from the reference.
+            `"max_min"`: the gain of the worst-off objective, as in the paper. `"weighted_sum"`: as in MORLHF and multi-objective
+            decoding. The weights of the mixture are then `welfare_weights`, and a fit measures the rewards that they reach.
+            `"nash"`: the product of the gains over the reference. `"alpha_fair"`: α-fairness, with all of these as special
+            or limiting cases. `"cvar"`: the mean of the worst-off share of the objectives. Every welfare function other than
+            `"max_min"` requires `estimator="mis"`.
         welfare_weights (`list[float]`, *optional*):
-            How much every objective (without a constraint) counts in the welfare, with sum 1; not for the max-min.
-            Defaults to equal weights.
+            The weight of every objective without a constraint in the welfare, with sum 1. Not for `"max_min"`. Defaults to
+            equal weights.
         fairness_alpha (`float`, *optional*, defaults to 2.0):
-            α of `welfare="alpha_fair"`: near 0 a weighted sum, 1 Nash's welfare, towards infinity the max-min.
+            α of `welfare="alpha_fair"`: a weighted sum for α near 0, Nash welfare for 1, the max-min as α grows.
         cvar_level (`float`, *optional*, defaults to 0.5):
             The share of the objectives that `welfare="cvar"` looks at, in (0, 1].
         constraints (`dict[str, float]`, *optional*):
-            Objectives that only have to reach an expected reward, such as `{"harmless": 0.9}`; the welfare is that of the
-            others then. In the unit of `normalize_rewards="z_score"` or `"win_rate"`, where that is chosen.
+            Objectives with a minimum expected reward, such as `{"harmless": 0.9}`. The welfare is then that of the other
+            objectives. With `normalize_rewards="z_score"` or `"win_rate"`, in units of these.
         constraint_price (`float`, *optional*, defaults to 10.0):
-            The most that the weight of a constrained objective may be. Where it is reached, the constraint cannot be met.
+            The maximum weight of a constrained objective. If it is reached, the constraint cannot be met.
         estimator (`str`, *optional*, defaults to `"mis"`):
-            `"mis"`: multiple importance sampling. All completions so far are kept under `output_dir/_rollouts`, every
-            step moves to the minimum of the dual objective on all of them, and
-            [`MPOTrainer.certificate`] says how far it may be from the true one. `"bsmd"`: batch stochastic mirror
-            descent, the paper's Algorithm 2, where every step looks at completions of its own: needs several times the
-            completions, and does not know how far it has come.
+            `"mis"`: multiple importance sampling. All completions are kept under `output_dir/_rollouts`, every step moves to
+            the minimum of the dual objective on all of them, and [`MPOTrainer.certificate`] bounds the distance to the true
+            minimum. `"bsmd"`: batch stochastic mirror descent, the paper's Algorithm 2, where every step uses its own
+            completions only. It needs several times as many completions, and has no certificate.
         tolerance (`float`, *optional*):
-            With `estimator="mis"`, end the fit as soon as the upper confidence bound of the duality gap, in nats, is
-            below this, and no earlier than after 10 prompts. Defaults to 0.01. 0 for `max_steps` steps in any case, as with a
-            weighted sum, or when all completions are given.
+            With `estimator="mis"`, the fit ends when the upper confidence bound of the duality gap, in nats, is below this,
+            though not before 10 prompts. Defaults to 0.01. With 0, a fit always takes `max_steps` steps, as it does for a
+            weighted sum and for given completions.
         confidence (`float`, *optional*, defaults to 0.95):
             Level of that bound.
         num_resamples (`int`, *optional*, defaults to 200):
-            Bootstrap replicates that it is computed from.
+            Number of bootstrap replicates for the bound.
         refresh_below (`float`, *optional*, defaults to 0.5):
-            With `estimator="mis"` and the mixture as proposal, the effective sample size (a fraction) below which
-            completions are from then on drawn from the mixture at the weights of that moment. Until then they come from
-            the weights that the fit starts from.
+            With `estimator="mis"` and the mixture as proposal, the effective sample size, as a fraction, below which the
+            proposal is renewed: completions are then drawn from the mixture at its current weights. The first proposal is the
+            mixture at its initial weights.
         num_generations (`int`, *optional*, defaults to 16):
-            Completions a prompt, m. At least 2; the bias of the estimates falls as 1/m.
+            Completions per prompt, m, at least 2. The bias of the estimates falls as 1/m.
         per_device_train_batch_size (`int`, *optional*, defaults to 32):
-            Completions a device and step (not prompts, as in TRL's `GRPOConfig`): a multiple of `num_generations`.
+            Completions (not prompts, as in TRL's `GRPOConfig`) per device and step, a multiple of `num_generations`.
         per_device_eval_batch_size (`int`, *optional*, defaults to 32):
             The same for evaluation.
         max_steps (`int`, *optional*, defaults to 100):
@@ -86,48 +86,50 @@ class MPOConfig(TrainingArguments):
         average_iterates (`bool`, *optional*, defaults to `True`):
             Whether the result is the average of all iterates, as in the paper, rather than the last one.
         normalize_rewards (`str` or `bool`, *optional*):
-            What rewards of different objectives are compared on; see [`~mpo_hf.estimation.reward_scales.RewardScale`]. `"optimal"` or
-            `True`: the paper's P(r) = r - β log E_ref exp(r/β), relative to what a policy of its own could reach. `"none"`
-            or `False`: as they are. `"regret"`, `"reference"`, `"z_score"` and `"win_rate"` need `estimator="mis"`. Defaults
-            to `"optimal"`, or for `welfare="nash"` and `"alpha_fair"`, which count gains over the reference, to
-            `"reference"`.
+            The scale on which rewards of different objectives are compared; see
+            [`~mpo_hf.estimation.reward_scales.RewardScale`]. `"optimal"` or `True`: the paper's
+            P(r) = r - β log E_ref exp(r/β), relative to the value of the best policy for that objective alone. `"none"` or
+            `False`: rewards as they are. `"regret"`, `"reference"`, `"z_score"` and `"win_rate"` need `estimator="mis"`.
+            Defaults to `"reference"` for `welfare="nash"` and `"alpha_fair"`, which are functions of gains over the reference,
+            and to `"optimal"` otherwise.
         normalization_prompts (`int`, *optional*, defaults to 16):
-            With the mixture as proposal, how many prompts to estimate each policy's value from, once, before the first
-            step; see [`MPOTrainer.reward_offsets`].
+            With the mixture as proposal, the number of prompts from which each policy's value is estimated, once, before the
+            first step; see [`MPOTrainer.reward_offsets`].
         temperature (`float`, *optional*, defaults to 1.0):
-            Sampling temperature. Its effect on the estimates is corrected for.
+            Sampling temperature. The importance weights correct for its effect.
         max_completion_length (`int`, *optional*, defaults to 256):
-            Longest completion, in tokens.
+            Maximum length of a completion, in tokens.
         logps_batch_size (`int`, *optional*, defaults to 8):
-            Completions a forward pass when log-probabilities are computed.
+            Completions per forward pass when log-probabilities are computed.
         score_policies (`float` or `bool`, *optional*, defaults to 1.0):
-            With `estimator="mis"`, the share of the prompts whose completions are scored under every policy although the
-            estimate does not need it, as with completions of the reference. The weights and the bound of the duality gap do
-            not depend on it. `mixture_rewards` and `shortfall` in the certificate are of these prompts alone: with a share of
-            0.25 their standard errors are about twice as large, and with fewer than two such prompts there are none. Whether a
-            prompt is among them depends on its content only, as if by a draw: of a few prompts it may be none. A later fit
-            scores what it needs. 0 (`False`) for no prompt: a fit then takes about as long as generating its completions.
+            With `estimator="mis"`, the share of the prompts whose completions are scored under every policy even if the
+            estimate does not need it, as with the reference as proposal. The weights and the bound of the duality gap do not
+            depend on it. `mixture_rewards` and `mixture_duality_gap` of the certificate are estimated from these prompts
+            alone: with a share of 0.25, their standard errors are about twice as large, and with fewer than two such prompts
+            there are none. The content of a prompt decides whether it is among them, as if by a random draw, so that of a few
+            prompts there may be none. A later fit scores the completions that it needs. With 0 (`False`), no completions are
+            scored, and a fit takes about as long as generating them.
         chat_template_kwargs (`dict`, *optional*):
             Further arguments for the chat template of conversational prompts.
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
             Whether to shuffle the prompts.
         model_init_kwargs (`dict`, *optional*):
-            Arguments for [`MixturePolicyModel.from_policies`] or `from_pretrained` when the trainer opens the model.
+            Arguments for [`MixturePolicyModel.from_policies`] or `from_pretrained` if the trainer loads the model.
         min_effective_sample_size (`float`, *optional*, defaults to 0.1):
-            Fraction of the samples below which the effective sample size is warned about.
+            The effective sample size, as a fraction, below which a warning is given.
         hub_pin_revisions (`bool`, *optional*, defaults to `True`):
-            Whether what is pushed to the Hub pins policies to the commits that they were loaded from.
+            Whether the config on the Hub pins policies to the commits that they were loaded from.
         hub_upload_adapters (`bool`, *optional*, defaults to `False`):
-            Whether adapters that live in folders are pushed to the Hub with the mixture. Without, they are an error.
+            Whether adapters in folders are pushed to the Hub with the mixture. If not, they are an error.
         hub_with_code (`bool`, *optional*, defaults to `False`):
-            Whether the mixture is saved and pushed with the code of its class, so that it opens where mpo_hf is not
+            Whether the mixture is saved and pushed with the code of its class, so that it loads where mpo_hf is not
             installed; see [`MixturePolicyModel.save_pretrained`].
         kwargs:
             See [`~transformers.TrainingArguments`]. Defaults that differ: a constant learning rate, logging at every
             step, a checkpoint at every step (a few kB: no policy weights; the last 2 are kept), no gradient clipping.
 
     Raises:
-        `ValueError`: for values that make no sense, each with what to do instead.
+        `ValueError`: for invalid values, with a remedy for each.
 
     Example:
 
@@ -147,22 +149,26 @@ class MPOConfig(TrainingArguments):
     proposal: str | None = field(
         default=None,
         metadata={
-            "help": "Whom to draw completions from: 'reference' or 'mixture'. Default: what suits the objective."
+            "help": "The policy that completions are drawn from: 'reference' or 'mixture'. The default depends on the objective."
         },
     )
     welfare: str = field(
         default="max_min",
-        metadata={"help": "What to maximise: 'max_min', 'weighted_sum', 'nash', 'alpha_fair' or 'cvar'."},
+        metadata={
+            "help": "The welfare function to maximize: 'max_min', 'weighted_sum', 'nash', 'alpha_fair' or 'cvar'."
+        },
     )
     welfare_weights: list[float] | None = field(
-        default=None, metadata={"help": "How much each objective counts in the welfare, with sum 1."}
+        default=None, metadata={"help": "Weight of each objective in the welfare, with sum 1."}
     )
     fairness_alpha: float = field(default=2.0, metadata={"help": "Alpha of alpha-fairness."})
-    cvar_level: float = field(default=0.5, metadata={"help": "Share of the objectives that CVaR looks at."})
-    constraints: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Least expected reward of some objectives, such as '{\"harmless\": 0.9}'."}
+    cvar_level: float = field(
+        default=0.5, metadata={"help": "Share of the objectives, from the worst-off on, that CVaR is the mean of."}
     )
-    constraint_price: float = field(default=10.0, metadata={"help": "The most that a constraint may weigh."})
+    constraints: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Minimum expected reward of some objectives, such as '{\"harmless\": 0.9}'."}
+    )
+    constraint_price: float = field(default=10.0, metadata={"help": "Maximum weight of a constrained objective."})
     estimator: str = field(
         default="mis",
         metadata={
@@ -176,30 +182,30 @@ class MPOConfig(TrainingArguments):
         },
     )
     confidence: float = field(default=0.95, metadata={"help": "Level of the bound of the duality gap."})
-    num_resamples: int = field(default=200, metadata={"help": "Bootstrap replicates behind the bound."})
+    num_resamples: int = field(default=200, metadata={"help": "Number of bootstrap replicates for the bound."})
     refresh_below: float = field(
         default=0.5, metadata={"help": "With 'mis': effective sample size below which the proposal is renewed."}
     )
-    num_generations: int = field(default=16, metadata={"help": "Completions a prompt, m >= 2."})
+    num_generations: int = field(default=16, metadata={"help": "Completions per prompt, m >= 2."})
     step_scale: float = field(default=2.0, metadata={"help": "Constant c of the default step size c/sqrt(T)."})
     average_iterates: bool = field(default=True, metadata={"help": "Return the average of all iterates."})
     normalize_rewards: str | None = field(
         default=None,
         metadata={
-            "help": "What rewards are compared on: 'optimal' (relative to what a policy of their own could reach), 'regret', "
-            "'reference', 'z_score', 'win_rate' or 'none'. Default: what suits the welfare."
+            "help": "The scale on which rewards are compared: 'optimal' (relative to the best policy for each objective alone), "
+            "'regret', 'reference', 'z_score', 'win_rate' or 'none'. The default depends on the welfare."
         },
     )
     normalization_prompts: int = field(
         default=16, metadata={"help": "Prompts to estimate each policy's value from, with the mixture as proposal."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
-    max_completion_length: int = field(default=256, metadata={"help": "Longest completion, in tokens."})
-    logps_batch_size: int = field(default=8, metadata={"help": "Completions a forward pass when scoring."})
+    max_completion_length: int = field(default=256, metadata={"help": "Maximum length of a completion, in tokens."})
+    logps_batch_size: int = field(default=8, metadata={"help": "Completions per forward pass when scoring."})
     score_policies: float = field(
         default=1.0,
         metadata={
-            "help": "With 'mis': share of the prompts, 0 to 1, whose completions are scored under every policy also where the "
+            "help": "With 'mis': share of the prompts, 0 to 1, whose completions are scored under every policy even if the "
             "estimate does not need it."
         },
     )
@@ -208,7 +214,7 @@ class MPOConfig(TrainingArguments):
     )
     shuffle_dataset: bool = field(default=True, metadata={"help": "Shuffle the prompts."})
     model_init_kwargs: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Arguments for opening the model, where the trainer does."}
+        default=None, metadata={"help": "Arguments for loading the model, if the trainer loads it."}
     )
     min_effective_sample_size: float = field(
         default=0.1, metadata={"help": "Fraction of the samples below which a warning is given."}
@@ -217,12 +223,12 @@ class MPOConfig(TrainingArguments):
     hub_upload_adapters: bool = field(default=False, metadata={"help": "Push adapters in folders with the mixture."})
     hub_with_code: bool = field(default=False, metadata={"help": "Save and push the code of the mixture with it."})
 
-    # Defaults of TrainingArguments that do not suit a fit of K numbers
+    # Defaults of TrainingArguments that a fit of K numbers replaces
     learning_rate: float | None = field(default=None, metadata={"help": "Step size. Default: step_scale/sqrt(T)."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the step size."})
     max_steps: int = field(default=100, metadata={"help": "Steps T; -1 for num_train_epochs."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Completions a device and step."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Completions a device in evaluation."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Completions per device and step."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Completions per device in evaluation."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
     save_steps: float = field(default=1, metadata={"help": "Write a checkpoint every so many steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
@@ -243,7 +249,7 @@ class MPOConfig(TrainingArguments):
             self.tolerance = DEFAULT_TOLERANCE if self.estimator == "mis" else 0.0
         if self.tolerance and self.estimator != "mis":
             raise ValueError(
-                f'`tolerance={self.tolerance}` needs `estimator="mis"`: mirror descent does not know how far it has come.'
+                f'`tolerance={self.tolerance}` needs `estimator="mis"`: mirror descent does not estimate how far it is from the optimum.'
             )
         if not self.tolerance >= 0:
             raise ValueError(f"`tolerance` must be at least 0, got {self.tolerance}.")
@@ -262,8 +268,8 @@ class MPOConfig(TrainingArguments):
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.num_generations < 2:
             raise ValueError(
-                f"`num_generations` must be at least 2, got {self.num_generations}: with one completion a prompt its "
-                "importance weight is 1 whatever the weights, the gradient loses its curvature, and the fit runs to a "
+                f"`num_generations` must be at least 2, got {self.num_generations}: with one completion per prompt, its "
+                "importance weight is 1 for all mixture weights, the gradient loses its curvature, and the fit runs to a "
                 "vertex. The bias falls as 1/m; 16 or more is a good choice."
             )
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
@@ -290,17 +296,19 @@ class MPOConfig(TrainingArguments):
             isinstance(value, int | float) and math.isfinite(value) for value in (self.constraints or {}).values()
         ):
             raise ValueError(
-                f"`constraints` must give names of objectives numbers to reach, got {self.constraints!r}."
+                f"`constraints` must be a dictionary of objectives and minimum rewards, got {self.constraints!r}."
             )
         if self.welfare_weights is not None and self.welfare == "max_min":
-            raise ValueError("`welfare_weights` have no place in a max-min. Choose another `welfare`, such as 'cvar'.")
+            raise ValueError("A max-min has no `welfare_weights`. Choose another `welfare`, such as 'cvar'.")
         if gains_over_reference and scale in ("optimal", "regret"):
             raise ValueError(
-                f"`welfare={self.welfare!r}` needs gains above 0, and with `normalize_rewards={scale!r}` nothing is. Use "
+                f"`welfare={self.welfare!r}` needs gains above 0, and with `normalize_rewards={scale!r}` no gain is. Use "
                 "'reference', 'z_score' or 'win_rate'."
             )
         if gains_over_reference and self.constraints:
-            raise ValueError(f"`constraints` go with max_min, weighted_sum or cvar, not with {self.welfare}.")
+            raise ValueError(
+                f"`constraints` can be combined with max_min, weighted_sum or cvar, not with {self.welfare}."
+            )
         beyond = self.welfare != "max_min" or self.constraints
         if self.objective == "achieved" and (self.estimator == "bsmd" or gains_over_reference):
             raise ValueError(
@@ -309,13 +317,13 @@ class MPOConfig(TrainingArguments):
             )
         if self.objective == "implicit" and (gains_over_reference or self.constraints):
             raise ValueError(
-                f"`welfare={self.welfare!r}` with `constraints={self.constraints}` needs rewards on a scale of their own, which "
-                "the implicit objective does not have."
+                f"`welfare={self.welfare!r}` with `constraints={self.constraints}` needs rewards on their own scale, which the "
+                "implicit objective does not have."
             )
         if self.estimator == "bsmd" and (beyond or scale not in ("optimal", "none")):
             raise ValueError(
                 f"`welfare={self.welfare!r}`, `constraints={self.constraints}`, `normalize_rewards={scale!r}` need "
-                '`estimator="mis"`; mirror descent is for the max-min.'
+                '`estimator="mis"`; mirror descent maximizes the max-min only.'
             )
 
     def step_size(self, num_steps: int) -> float:
@@ -324,12 +332,12 @@ class MPOConfig(TrainingArguments):
 
     @property
     def train_prompts_per_device(self) -> int:
-        """Prompts a device and step."""
+        """Prompts per device and step."""
         return self.per_device_train_batch_size // self.num_generations
 
     @property
     def eval_prompts_per_device(self) -> int:
-        """Prompts a device and evaluation step."""
+        """Prompts per device and evaluation step."""
         return self.per_device_eval_batch_size // self.num_generations
 
 

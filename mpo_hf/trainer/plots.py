@@ -1,28 +1,37 @@
-"""Pictures of a fit."""
+"""Plots of a fit."""
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def plot_fit(log_history: Sequence[dict[str, Any]], path: str | os.PathLike, title: str = "Mixture weights") -> None:
     """
-    Draws the mixture weights over the steps of a fit, and below them the mean rewards of the sampled completions.
+    Saves a plot of the mixture weights over the steps of a fit and, below, of the mean rewards of the sampled completions.
 
     Args:
         log_history (`Sequence[dict]`): `trainer.state.log_history`.
-        path (`str` or `os.PathLike`): where to save the picture; its ending decides the format.
-        title (`str`, *optional*): title of the picture.
+        path (`str` or `os.PathLike`): the file to write. Its extension determines the format.
+        title (`str`, *optional*): title of the plot.
 
     Raises:
-        `ValueError`: when the history holds no step of a fit.
+        `ValueError`: when the history has no step of a fit.
     """
+    make_figure(log_history, title).savefig(path, dpi=150)
+
+
+def make_figure(log_history: Sequence[dict[str, Any]], title: str) -> "Figure":
+    """The plot that [`plot_fit`] saves, as a figure of Matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     steps = [entry for entry in log_history if "loss" in entry and any(key.startswith("weights/") for key in entry)]
     if not steps:
-        raise ValueError("The log history holds no step of a fit; call `trainer.train()` first.")
+        raise ValueError("The log history has no step of a fit; call `trainer.train()` first.")
     panels = {"weights/": "mixture weight λ", "rewards/": "mean reward of samples"}
     panels = {prefix: name for prefix, name in panels.items() if any(key.startswith(prefix) for key in steps[0])}
     figure = Figure(figsize=(7, 3 * len(panels)), layout="constrained")
@@ -36,4 +45,4 @@ def plot_fit(log_history: Sequence[dict[str, Any]], path: str | os.PathLike, tit
     axes[0].set_title(title)
     axes[0].legend(loc="best")
     axes[-1].set_xlabel("step")
-    figure.savefig(path, dpi=150)
+    return figure

@@ -1,4 +1,4 @@
-"""What a fit shows while it runs: Trainer's own bar and lines, with numbers that are not in quotation marks."""
+"""The progress of a fit: Trainer's own bar and lines, with numbers that are not in quotation marks."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 
 def log_line(logs: dict[str, Any]) -> str:
-    """A log as one line, its numbers rounded to four digits."""
+    """A log entry as one line, with numbers rounded to four digits."""
     shown = {name: value for name, value in logs.items() if name != "total_flos"}
     return str({name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in shown.items()})
 
@@ -31,7 +31,7 @@ OURS: dict[type[TrainerCallback], type[TrainerCallback]] = {ProgressCallback: Fi
 
 
 def show_plain_numbers(trainer: Trainer) -> None:
-    """Puts the callbacks of this file into the place of Trainer's; those that a user has given stay."""
+    """Replaces Trainer's callbacks by those of this file. Callbacks from the user stay."""
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback) in OURS:
             trainer.remove_callback(callback)

@@ -1,106 +1,145 @@
-"""A fit that uses every completion so far: what is known of each, which proposal comes next, how good the result is."""
+"""A fit to all completions so far: their numbers, the estimate from them, the next proposal, and the certificate."""
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerBase
 
 from ..estimation import Certificate
+from ..mixture.modeling_mixture import MixturePolicyModel
 from ..rollouts import Completions, completion_texts, pad_completions
-from ..rollouts.columns import GROWTH, Numbers, Proposal
+from ..rollouts.columns import GROWTH, Proposal, RolloutColumns
 from ..rollouts.store import COLUMNS, RolloutStore, first_id
-from .estimates import Estimate
+from .estimators import Estimator
+from .fit_problem import FitProblem
+from .mpo_config import MPOConfig
 
 
-# share of uniform weights in a proposal, so that every policy has a say in what is sampled
+# Weight of the uniform mixture in a new proposal, so that no policy is left out of the sampling.
 DEFENSIVE_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class FitContext:
+    """
+    What [`RolloutFit`] needs to score completions and to make estimates.
+
+    Args:
+        args ([`MPOConfig`]): the options.
+        problem ([`FitProblem`]): the optimization problem of the fit.
+        model ([`MixturePolicyModel`]): the mixture. Its weights are the first proposal.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): the tokenizer.
+        accelerator ([`~accelerate.Accelerator`]): the processes of the fit.
+        policy_logps (`Callable`):
+            Log-probabilities of N completions under all policies, shape `(N, K)`, and under the reference where that is the
+            last component of the mixture.
+        mixture_logps (`Callable`):
+            The same for policies, and the log-probabilities under S mixtures, of shape `(N, S)`.
+        reference_logps (`Callable`, *optional*):
+            Log-probabilities of N completions under the reference policy, shape `(N,)`; `None` without a reference.
+        is_given (`bool`): whether the fit is to given completions, and draws none.
+    """
+
+    args: MPOConfig
+    problem: FitProblem
+    model: MixturePolicyModel
+    processing_class: PreTrainedTokenizerBase
+    accelerator: Accelerator
+    policy_logps: Callable[[Completions], torch.Tensor]
+    mixture_logps: Callable[[Completions, Sequence[Proposal]], tuple[torch.Tensor, torch.Tensor]]
+    reference_logps: Callable[[Completions], torch.Tensor] | None
+    is_given: bool
 
 
 class RolloutFit:
     """
-    Keeps all completions of a fit, on disk and in memory, and turns them into the estimate that the weights minimise.
+    Keeps all completions of a fit, on disk and in memory, and makes the estimate that the weights minimize from them.
 
     Args:
-        trainer ([`MPOTrainer`]): the trainer that samples and scores.
-        store ([`RolloutStore`]): where completions are kept.
-        given ([`RolloutStore`], *optional*): where completions that are fitted anew come from, with their densities.
+        context ([`FitContext`]): the options, the models and the functions that score completions.
+        store ([`RolloutStore`]): the store that completions are written to.
+        given ([`RolloutStore`], *optional*): the store that given completions come from, with their densities.
     """
 
-    def __init__(self, trainer: Any, store: RolloutStore, given: RolloutStore | None = None):
-        self.trainer, self.store, self._given = trainer, store, given
-        self.numbers = Numbers()
-        self.estimate: Estimate | None = None
-        self._value: tuple[Estimate, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    def __init__(self, context: FitContext, store: RolloutStore, given: RolloutStore | None = None):
+        self.context, self.store, self._given = context, store, given
+        self.columns = RolloutColumns()
+        self.estimator: Estimator | None = None
+        self._value: tuple[Estimator, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self.certificate: Certificate | None = None
-        self.effective_sample_size: float | None = None
+        self.effective_sample_fraction: float | None = None
         self.proposal: Proposal = self._first_proposal()
         self._fitted_rows, self._is_new = 0, False
         self._step, self._micro_batch = -1, 0
 
     def _first_proposal(self) -> Proposal:
-        return tuple(self.trainer.model.config.mixture_weights) if self.trainer.args.proposal == "mixture" else ()
+        return tuple(self.context.model.config.mixture_weights) if self.context.args.proposal == "mixture" else ()
 
-    # ---- beginning, and going on from a checkpoint ----
+    # ---- starting, and resuming from a checkpoint ----
 
     def begin(self, step: int, state: dict[str, Any] | None) -> None:
         """
-        Reads what earlier steps wrote, and removes what was written after the step that the run goes on from.
+        Reads the completions of earlier steps, and removes those of steps after the one that the run resumes from.
 
         Args:
             step (`int`): the step of the checkpoint, 0 for none.
-            state (`dict`, *optional*): what [`~RolloutFit.state`] was then.
+            state (`dict`, *optional*): [`~RolloutFit.state`] at that step.
         """
-        accelerator = self.trainer.accelerator
+        accelerator = self.context.accelerator
         if step == 0 and self.store.shards():
             raise ValueError(
-                f"The folder {str(self.store.folder)!r} holds completions already. Go on with "
-                "`train(resume_from_checkpoint=True)`, fit them anew with `rollouts=`, or choose another `output_dir`."
+                f"The folder {str(self.store.folder)!r} holds completions already. Resume with "
+                "`train(resume_from_checkpoint=True)`, fit to them with `rollouts=`, or choose another `output_dir`."
             )
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             self.store.discard_after(step)
         accelerator.wait_for_everyone()
-        self.numbers = Numbers()
-        # up to this step only: a process that is ahead may have written the next one already
-        for rows in self.store.tables(Numbers.COLUMNS, last_step=step):
-            self.numbers.extend(rows)
-        for rows in self.store.tables(Numbers.DENSITIES, "densities", last_step=step):
-            self.numbers.extend_densities(rows)
+        self.columns = RolloutColumns()
+        # up to this step only: a process that is ahead may have written the shards of the next step already
+        for rows in self.store.tables(RolloutColumns.COLUMNS, last_step=step):
+            self.columns.extend(rows)
+        for rows in self.store.tables(RolloutColumns.DENSITIES, "densities", last_step=step):
+            self.columns.extend_densities(rows)
         if self._given is not None:
-            for rows in self._given.tables(Numbers.DENSITIES, "densities"):
-                self.numbers.extend_densities(rows)
-        if len(self.numbers) and state is not None:
+            for rows in self._given.tables(RolloutColumns.DENSITIES, "densities"):
+                self.columns.extend_densities(rows)
+        if len(self.columns) and state is not None:
             self.proposal, self._fitted_rows = tuple(state["proposal"]), state["fitted_rows"]
-            self.estimate = self.make_estimate(self._fitted_rows)
+            self.estimator = self.make_estimator(self._fitted_rows)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the store."""
+        """What a checkpoint saves of the fit. Completions are in the store."""
         return {"proposal": list(self.proposal), "fitted_rows": self._fitted_rows}
 
     # ---- one step ----
 
     def collect(
         self,
+        step: int,
         examples: list[dict[str, Any]],
         completions: Completions,
         rewards: torch.Tensor | None,
         known: dict[str, list] | None = None,
     ) -> None:
         """
-        Scores completions and keeps them; earlier ones of the same prompts are scored under the current proposal.
+        Scores completions and keeps them. Earlier completions of the same prompts are scored under the current proposal.
 
         Args:
+            step (`int`): the step that they belong to.
             examples (`list[dict]`): the row of the dataset that each completion belongs to.
             completions ([`Completions`]): N completions.
             rewards (`torch.Tensor` of shape `(N, K)`, *optional*): their rewards.
-            known (`dict[str, list]`, *optional*): columns of the store that are known already, of completions that were
-                not drawn here.
+            known (`dict[str, list]`, *optional*): the columns that given completions come with.
         """
-        step, part = self._next_part()
+        part = self._next_part(step)
         first = first_id(step, part)
         rows = {
             "id": known["id"] if known else list(range(first, first + len(completions))),
@@ -119,16 +158,15 @@ class RolloutFit:
             for found in (_density_rows(rows["id"], mixtures, pooled), self._densities_of_earlier(keys)):
                 densities = {name: densities[name] + found[name] for name in densities}
         else:
-            rows = self._complete(completions, keys, known) | rows  # rewards that were measured anew count
+            rows = self._complete(completions, keys, known) | rows  # new rewards replace the given ones
         self._write(step, part, examples, completions, rows, densities)
         self._share(rows, densities)
 
-    def _next_part(self) -> tuple[int, int]:
-        """The step, and the number of this process's batch among those of the step."""
-        accelerator, step = self.trainer.accelerator, self.trainer.state.global_step + 1
+    def _next_part(self, step: int) -> int:
+        """The number of the next batch of this process among all batches of a step."""
         self._micro_batch = self._micro_batch + 1 if step == self._step else 0
         self._step = step
-        return step, self._micro_batch * accelerator.num_processes + accelerator.process_index
+        return self._micro_batch * self.context.accelerator.num_processes + self.context.accelerator.process_index
 
     def _score(
         self, completions: Completions, keys: Sequence[str], mixtures: Sequence[Proposal]
@@ -136,56 +174,52 @@ class RolloutFit:
         """Log-probabilities under the policies and the reference, and under mixtures."""
         pooled = torch.empty(len(completions), 0)
         if mixtures:
-            policy_logps, pooled = self._mixture_logps(completions, mixtures)
+            policy_logps, pooled = self.context.mixture_logps(completions, mixtures)
             if completions.policy_logps is None:
                 completions.policy_logps = policy_logps
         return self._single_logps(completions, keys, {}), pooled
 
     def _single_logps(self, completions: Completions, keys: Sequence[str], known: dict[str, list]) -> dict[str, list]:
         """
-        Log-probabilities under the policies and the reference: what is known, what sampling has told, what somebody wants,
-        and `None` for the rest.
+        Log-probabilities under the policies and the reference: stored values first, then values recorded while sampling, then
+        those that the objective or `score_policies` requires; `None` otherwise.
         """
-        trainer, count = self.trainer, len(completions)
+        args, count = self.context.args, len(completions)
         policy_logps = list(known.get("policy_logps", [None] * count))
         reference_logps = list(known.get("reference_logps", [None] * count))
-        share = trainer.args.score_policies
-        if completions.policy_logps is not None or trainer.args.objective != "reward":
+        share = args.score_policies
+        if completions.policy_logps is not None or args.objective != "reward":
             share = 1.0
         rows = [i for i, value in enumerate(policy_logps) if value is None and in_share(keys[i], share)]
-        _fill(
-            policy_logps, rows, completions, lambda part: trainer.policy_logps(part)[:, : trainer.goal.num_objectives]
-        )
-        if trainer.reference_policy is not None:
+        _fill(policy_logps, rows, completions, self._objective_logps)
+        if self.context.reference_logps is not None:
             rows = [i for i, value in enumerate(reference_logps) if value is None]
-            _fill(reference_logps, rows, completions, trainer.reference_logps)
+            _fill(reference_logps, rows, completions, self.context.reference_logps)
         return {"policy_logps": policy_logps, "reference_logps": reference_logps}
 
-    def _mixture_logps(
-        self, completions: Completions, mixtures: Sequence[Proposal]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        args = self.trainer.args
-        return self.trainer.policy_scorer.mixture_logps(completions, mixtures, args.temperature, args.logps_batch_size)
+    def _objective_logps(self, completions: Completions) -> torch.Tensor:
+        """Log-probabilities under the policies, without the reference that the mixture may have as its last component."""
+        return self.context.policy_logps(completions)[:, : self.context.problem.num_objectives]
 
     def _complete(self, completions: Completions, keys: Sequence[str], known: dict[str, list]) -> dict[str, list]:
-        """Columns of completions that were drawn elsewhere: what is known, and what is computed."""
+        """All columns of given completions: those that they come with, and those that are computed."""
         rows = {name: values for name, values in known.items() if name in COLUMNS}
         rows |= self._single_logps(completions, keys, known)
-        if None in rows.get("proposal_logps", [None]):  # they are said to be from the reference
+        if None in rows.get("proposal_logps", [None]):  # the documented default: drawn from the reference
             rows["proposal_logps"] = rows["reference_logps"]
         rows["proposal"] = [weights or [] for weights in rows.get("proposal", [None] * len(completions))]
         return rows
 
     def _mixtures_of(self, keys: Sequence[str]) -> list[Proposal]:
         """The mixtures, other than the current proposal, that drew earlier completions of these prompts."""
-        return [weights for weights in self.numbers.proposals_of(keys) if weights not in (self.proposal, ())]
+        return [weights for weights in self.columns.proposals_of(keys) if weights not in (self.proposal, ())]
 
     def _densities_of_earlier(self, keys: Sequence[str]) -> dict[str, list]:
-        """Earlier completions of these prompts, under the current proposal where they are not known under it."""
-        ids = self.numbers.unknown_under(self.proposal, keys) if self.proposal else []
+        """Densities under the current proposal of those earlier completions of these prompts that have none yet."""
+        ids = self.columns.unknown_under(self.proposal, keys) if self.proposal else []
         if not ids:
             return _density_rows([], [], torch.empty(0, 0))
-        _, pooled = self._mixture_logps(self._completions_of(ids), [self.proposal])
+        _, pooled = self.context.mixture_logps(self._completions_of(ids), [self.proposal])
         return _density_rows(ids, [self.proposal], pooled)
 
     def _completions_of(self, ids: Sequence[int]) -> Completions:
@@ -194,8 +228,8 @@ class RolloutFit:
         return pad_completions(
             found["prompt_ids"],
             found["completion_ids"],
-            self.trainer.processing_class.pad_token_id,
-            self.trainer.model.device,
+            self.context.processing_class.pad_token_id,
+            self.context.model.device,
         )
 
     def _write(
@@ -214,82 +248,96 @@ class RolloutFit:
         if "completion_ids" not in rows:
             texts["completion_ids"] = completions.id_lists()
         if "completion" not in rows:
-            texts["completion"] = completion_texts(completions, texts["prompt"], self.trainer.processing_class)
+            texts["completion"] = completion_texts(completions, texts["prompt"], self.context.processing_class)
         if densities["id"]:
             self.store.write("densities", step, part, densities)
         self.store.write("rollouts", step, part, {**texts, **rows})
 
     def _share(self, rows: dict[str, list], densities: dict[str, list]) -> None:
-        """Every process gets to know the numbers of all, in the order of the shards."""
-        new = (pa.table({name: rows[name] for name in Numbers.COLUMNS}), pa.table(densities))
+        """Adds the rows of all processes to the columns of each, in the order of the shards."""
+        new = (pa.table({name: rows[name] for name in RolloutColumns.COLUMNS}), pa.table(densities))
         for found, found_densities in gather_object([new]):
-            self.numbers.extend(found)
-            self.numbers.extend_densities(found_densities)
+            self.columns.extend(found)
+            self.columns.extend_densities(found_densities)
 
     # ---- the estimate ----
 
-    def make_estimate(self, rows: int | None = None) -> Estimate:
+    def make_estimator(self, rows: int | None = None) -> Estimator:
         """The estimate from all completions so far, or from the first `rows` of them."""
-        rows = len(self.numbers) if rows is None else rows
+        rows = len(self.columns) if rows is None else rows
         names = ("policy_logps", "reference_logps", "rewards")
-        known = {name: torch.from_numpy(self.numbers[name][:rows]) for name in names}
-        # of policies those of some prompts will do
+        known = {name: torch.from_numpy(self.columns[name][:rows]) for name in names}
+        # log-probabilities under policies may be missing for some prompts
         known = {
             name: values
             for name, values in known.items()
             if values.numel() and (name == "policy_logps" or not values.isnan().any())
         }
-        prompt = torch.from_numpy(self.numbers["prompt"][:rows]).long()
-        densities = torch.from_numpy(self.numbers.log_densities(rows, self.trainer.args.temperature == 1))
-        return self.trainer.goal.estimate(prompt, densities, **known)
+        prompt = torch.from_numpy(self.columns["prompt"][:rows]).long()
+        densities = torch.from_numpy(self.columns.log_densities(rows, self.context.args.temperature == 1))
+        return self.context.problem.make_estimator(prompt, densities, **known)
 
     def loss(self, weights: torch.Tensor) -> torch.Tensor:
         """
-        The loss of the estimate at weights of shape `(K,)`, differentiable. It takes a pass over all completions, and is kept
-        until the estimate or the weights are others.
+        The loss of the estimate at weights of shape `(K,)`, differentiable. It is computed by a pass over all completions, and
+        kept until the estimate or the weights change.
         """
-        if self._value is None or self._value[0] is not self.estimate or not torch.equal(self._value[1], weights):
+        if self._value is None or self._value[0] is not self.estimator or not torch.equal(self._value[1], weights):
             with torch.enable_grad():
                 point = weights.detach().clone().requires_grad_()
-                value = self.estimate.loss(point)
+                value = self.estimator.loss(point)
                 (gradient,) = torch.autograd.grad(value, point)
-            self._value = (self.estimate, point.detach(), value.detach(), gradient)
+            self._value = (self.estimator, point.detach(), value.detach(), gradient)
         _, point, value, gradient = self._value
         return value + (weights - point) @ gradient
 
     @property
     def rewards(self) -> torch.Tensor | None:
-        """Rewards of the completions in the table, shape `(N, K)`."""
-        rewards = torch.from_numpy(self.numbers["rewards"][: self._fitted_rows])
+        """Rewards of the completions of the estimate, shape `(N, K)`; `None` if some are unknown."""
+        rewards = torch.from_numpy(self.columns["rewards"][: self._fitted_rows])
         return rewards if rewards.numel() and not rewards.isnan().any() else None
 
-    def prepare_estimate(self) -> None:
-        """Makes the estimate anew when there are enough new rows, and at the end."""
-        trainer, rows = self.trainer, len(self.numbers)
-        # completions that are there already count together: on the way to them the weights only show where they go
-        growth = 1 if trainer._fits_given else GROWTH
-        is_last = trainer.state.global_step + 1 == trainer.state.max_steps and trainer.accelerator.sync_gradients
+    @property
+    def num_prompts(self) -> int:
+        """How many prompts the estimate is made from."""
+        return self.estimator.table.num_prompts if self.estimator is not None else 0
+
+    def prepare_estimator(self, is_last: bool) -> None:
+        """
+        Makes a new estimate if there are enough new rows.
+
+        Args:
+            is_last (`bool`): whether no rows will follow, so that any new row is enough.
+        """
+        rows = len(self.columns)
+        # only the estimate from all given completions matters; those on the way to it show the progress
+        growth = 1 if self.context.is_given else GROWTH
         if rows >= self._fitted_rows * (1 + growth) or (is_last and rows > self._fitted_rows):
-            self.estimate = self._value = None  # the old one and the new one need not fit into memory together
-            self._fitted_rows, self.estimate, self._is_new = rows, self.make_estimate(), True
+            self.estimator = self._value = None  # so that two estimates are never in memory together
+            self._fitted_rows, self.estimator, self._is_new = rows, self.make_estimator(), True
 
     def best(self, weights: torch.Tensor) -> torch.Tensor | None:
-        """The weights that are best by the estimate, given the present ones, when they have not been fitted to it."""
-        return self.estimate.best(weights) if self._is_new else None
+        """The weights that minimize a new estimate, given the current ones; `None` if they have been fitted to it already."""
+        return self.estimator.best(weights) if self._is_new else None
 
     def certify(self, weights: torch.Tensor) -> bool:
         """
-        After the weights have been fitted: how good they are, and whether completions should come from another proposal
-        from now on. `False` when there was no new estimate to fit them to.
+        Certifies fitted weights, and renews the proposal if too few completions count.
+
+        Args:
+            weights (`torch.Tensor` of shape `(K,)`): the fitted weights of the objectives.
+
+        Returns:
+            `bool`: whether there was a new estimate.
         """
         if not self._is_new:
             return False
-        args, self._is_new = self.trainer.args, False
-        self.effective_sample_size = self.estimate.effective_sample_size(weights)
-        if self.estimate.table.num_prompts > 1:
-            self.certificate = self.estimate.certify(
+        args, self._is_new = self.context.args, False
+        self.effective_sample_fraction = self.estimator.effective_sample_fraction(weights)
+        if self.estimator.table.num_prompts > 1:
+            self.certificate = self.estimator.certify(
                 weights,
-                self.trainer.goal.mixture_weights(weights),
+                self.context.problem.mixture_weights(weights),
                 self.rewards,
                 confidence=args.confidence,
                 num_resamples=args.num_resamples,
@@ -298,26 +346,26 @@ class RolloutFit:
         return True
 
     def _renew_proposal(self, weights: torch.Tensor) -> None:
-        if self.proposal and self.effective_sample_size < self.trainer.args.refresh_below:
+        if self.proposal and self.effective_sample_fraction < self.context.args.refresh_below:
             defensive = (1 - DEFENSIVE_SHARE) * weights + DEFENSIVE_SHARE / len(weights)
-            self.proposal = tuple(self.trainer.goal.mixture_weights(defensive).tolist())
+            self.proposal = tuple(self.context.problem.mixture_weights(defensive).tolist())
 
 
 def prompt_key(example: dict[str, Any]) -> str:
-    """Equal for equal prompts with equal further columns, in every process and run."""
+    """A key of a prompt with its further columns, the same in every process and run."""
     content = {name: value for name, value in example.items() if name not in COLUMNS}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def in_share(key: str, share: float) -> bool:
-    """Whether a prompt is among a share of all, by its key: the same in every process and run."""
+    """Whether a prompt belongs to a share of all prompts. Its key alone decides, so every process and run agrees."""
     return int(key, 16) < share * 16 ** len(key)
 
 
 def _fill(
     values: list, rows: list[int], completions: Completions, score: Callable[[Completions], torch.Tensor]
 ) -> None:
-    """Scores some rows of completions, and puts in what comes out."""
+    """Scores some rows of completions, and puts the results into `values`."""
     if rows:
         part = completions if len(rows) == len(completions) else completions.select(rows)
         for row, value in zip(rows, score(part).tolist()):

@@ -1,4 +1,4 @@
-"""The completions of a step: drawn or given, and what policies and rewards say of them."""
+"""The completions of a step, drawn or given, with their log-probabilities and rewards."""
 
 import functools
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from .mpo_config import MPOConfig
 
 
 class CompletionSampling:
-    """The part of [`MPOTrainer`] that draws completions, or takes those that are given, and scores them."""
+    """The part of [`MPOTrainer`] that draws completions, or reads given ones, and scores them."""
 
     args: MPOConfig
     model: MixturePolicyModel
@@ -23,7 +23,7 @@ class CompletionSampling:
     # ---- prompts ----
 
     def _check_prompt_lengths(self, dataset: Dataset | IterableDataset) -> None:
-        """Finds prompts that leave no room for a completion before anything is sampled."""
+        """Raises an error for prompts that leave no room for a completion, before anything is sampled."""
         if not isinstance(dataset, IterableDataset):
             for start in range(0, len(dataset), 1000):
                 self._tokenize(dataset[start : start + 1000]["prompt"])
@@ -67,7 +67,7 @@ class CompletionSampling:
         )
 
     def _given_completions(self, inputs: list[dict[str, Any]]) -> Completions:
-        """Completions that came with the dataset. Texts are tokenized, and end with the end token."""
+        """The completions of a dataset. Texts are tokenized, and the end token is added."""
         known = columns_of(inputs)
         prompt_ids = known["prompt_ids"] if "prompt_ids" in known else self._tokenize(known["prompt"])
         if "completion_ids" in known:
@@ -92,7 +92,7 @@ class CompletionSampling:
     @functools.cached_property
     def policy_scorer(self) -> CompletionScorer:
         """Scores completions under every policy."""
-        return CompletionScorer(self.policies)
+        return CompletionScorer(self.policy_models)
 
     @functools.cached_property
     def reference_scorer(self) -> CompletionScorer:
@@ -100,16 +100,24 @@ class CompletionSampling:
         return CompletionScorer([self.reference_policy])
 
     def policy_logps(self, completions: Completions) -> torch.Tensor:
-        """Log-probabilities under every policy, shape `(N, K)`: as sampling told them, or computed."""
+        """Log-probabilities under every policy, shape `(N, K)`: recorded while sampling, or computed."""
         if completions.policy_logps is None:
             completions.policy_logps = self.policy_scorer.logps(completions, self.args.logps_batch_size)
         return completions.policy_logps
 
+    def mixture_logps(
+        self, completions: Completions, mixtures: Sequence[Sequence[float]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities under every policy, shape `(N, K)`, and under S token-level mixtures of them, shape `(N, S)`."""
+        return self.policy_scorer.mixture_logps(
+            completions, mixtures, self.args.temperature, self.args.logps_batch_size
+        )
+
     def reference_logps(self, completions: Completions) -> torch.Tensor:
-        """Log-probabilities under the reference policy, shape `(N,)`: as sampling told them, or computed."""
+        """Log-probabilities under the reference policy, shape `(N,)`: recorded while sampling, or computed."""
         if completions.reference_logps is None:
             known = completions.policy_logps
-            if known is not None and known.shape[-1] > self.goal.num_objectives:  # the mixture's last component
+            if known is not None and known.shape[-1] > self.problem.num_objectives:  # the mixture's last component
                 completions.reference_logps = known[:, -1]
             else:
                 scores = self.reference_scorer.logps(completions, self.args.logps_batch_size)
@@ -119,7 +127,7 @@ class CompletionSampling:
     def score_rewards(
         self, inputs: list[dict[str, Any]], completions: Completions, objectives: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Rewards of every completion, all or those of some `objectives`: shape `(N, K)`, float64, on the CPU."""
+        """Rewards of every completion, of all objectives or of `objectives`: shape `(N, K)`, float64, on the CPU."""
         repeated = self._repeated(inputs, completions)
         prompts, completion_ids = [example["prompt"] for example in repeated], completions.id_lists()
         texts = completion_texts(completions, prompts, self.processing_class)

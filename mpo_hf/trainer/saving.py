@@ -1,4 +1,4 @@
-"""What a fit leaves behind: checkpoints, a folder that opens as a mixture, a repository on the Hub."""
+"""Saving the result of a fit: checkpoints, a folder that loads as a mixture, a repository on the Hub."""
 
 import os
 import shutil
@@ -19,15 +19,15 @@ from .mpo_config import MPOConfig
 
 
 class MixtureSaving:
-    """The part of [`MPOTrainer`] that saves and pushes: configs and a few numbers, and no weights of policies."""
+    """The part of [`MPOTrainer`] that saves and pushes. It writes configs and a few numbers, and no weights of policies."""
 
     args: MPOConfig
     model: MixturePolicyModel
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Saves the mixture: its config, the tokenizer and a model card. Policies are referred to; only a mixture of models
-        that were given in memory is written whole, and even then its checkpoints are not.
+        Saves the mixture: its config, the tokenizer and a model card. The config refers to the policies. Only a mixture of
+        models that were given in memory is saved with their weights, and its checkpoints are saved without.
 
         Args:
             output_dir (`str`, *optional*): folder to save to. Defaults to `args.output_dir`.
@@ -39,7 +39,7 @@ class MixtureSaving:
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # checkpoints of a mixture whose models were given in memory hold its config only: nothing in them changes
+        # checkpoints of a mixture whose models were given in memory have its config only, as no weights in them change
         whole = all(component.name_or_path is None for component in self.model.config.components)
         if not whole or output_dir in (None, self.args.output_dir) or not self._is_checkpoint(output_dir):
             with (
@@ -63,12 +63,12 @@ class MixtureSaving:
         **kwargs,
     ) -> None:
         """
-        Writes the model card, `README.md`: components, weights, the mean rewards of what was drawn and, where matplotlib
-        is installed, a picture of the fit beside it.
+        Writes the model card, `README.md`, with components, weights and mean rewards of completions. With matplotlib, a plot of
+        the fit is saved beside it.
 
         Args:
             language (`str` or `list[str]`, *optional*): language of the mixture, for the metadata of the card.
-            license (`str`, *optional*): its licence. Defaults to that of the components, if they all have the same one.
+            license (`str`, *optional*): its license. Defaults to that of the components, if they all have the same one.
             tags (`str` or `list[str]`, *optional*): further tags.
             dataset_tags (`str` or `list[str]`, *optional*): repo ids of the prompts.
             output_dir (`str`, *optional*): folder to write to. Defaults to `args.output_dir`.
@@ -139,7 +139,7 @@ class MixtureSaving:
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero():
-            # Trainer copies files of known names to the folder that is pushed: neither folders nor code
+            # Trainer copies only files of known names to the folder that is pushed, and neither folders nor code
             adapters = os.path.join(checkpoint_folder, "adapters")
             if os.path.isdir(adapters):
                 shutil.copytree(adapters, os.path.join(self.args.output_dir, "adapters"), dirs_exist_ok=True)
@@ -156,7 +156,7 @@ class MixtureSaving:
         pin: bool | None = None,
         upload_adapters: bool | None = None,
     ) -> Iterator[None]:
-        """While it lasts, what is saved is what others can open; see [`~mpo_hf.mixture.hub.shared_config`]."""
+        """A context in which the config is saved in the form that others can load; see [`~mpo_hf.mixture.hub.shared_config`]."""
         if not wanted or self._config_is_shared or not self.is_world_process_zero():
             yield
             return

@@ -1,4 +1,4 @@
-"""`Trainer.evaluate` and `Trainer.predict` of a mixture: the loss is the cross-entropy of the normalised mixture."""
+"""`Trainer.evaluate` and `Trainer.predict` of a mixture: the loss is the cross-entropy of the normalized mixture."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def make_trainer(saved, tmp_path):
 
 @torch.no_grad()
 def token_logps(saved, weights, row: list[int]) -> torch.Tensor:
-    """Normalised log-probabilities of the token-level mixture at every position of one row, in float64: `(T, V)`."""
+    """Normalized log-probabilities of the token-level mixture at every position of one row, in float64: `(T, V)`."""
     pooled = 0
     for weight, component in zip(weights, saved.components):
         pooled = pooled + weight * component(torch.tensor([row]), use_cache=False).logits[0].double().log_softmax(-1)
@@ -67,7 +67,7 @@ def expected_loss(saved, dataset, weights=None) -> float:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("loss_only", [True, False])
-def test_loss_is_the_cross_entropy_of_the_normalised_mixture(saved, dataset, make_trainer, side, loss_only):
+def test_loss_is_the_cross_entropy_of_the_normalized_mixture(saved, dataset, make_trainer, side, loss_only):
     saved.tokenizer.padding_side = side
     trainer = make_trainer(settings={"prediction_loss_only": loss_only})
     loss = trainer.evaluate(dataset)["eval_loss"]
@@ -107,7 +107,7 @@ def test_predictions_are_the_pooled_log_probabilities(saved, dataset, make_train
         expected = token_logps(saved, saved.weights, row["input_ids"])
         found = torch.tensor(logits[:length]).double()
         torch.testing.assert_close(found.log_softmax(-1), expected, **CLOSE)
-        # not renormalised: log Z is what is missing to 1
+        # not renormalized: log Z is what is missing to 1
         assert found.logsumexp(-1).max() < -1e-3
 
 

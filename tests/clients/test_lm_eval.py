@@ -80,7 +80,7 @@ def encode(saved, text: str) -> list[int]:
 @torch.no_grad()
 def log_likelihood(saved, context: list[int], continuation: list[int]) -> tuple[float, bool]:
     """
-    Log-probability of a continuation under the token-level mixture, normalised at every step, in float64; and whether it
+    Log-probability of a continuation under the token-level mixture, normalized at every step, in float64; and whether it
     is what greedy decoding would have chosen.
     """
     pooled = 0

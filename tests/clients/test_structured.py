@@ -89,7 +89,7 @@ def test_json_follows_the_schema(model):
 def answer_probabilities(saved, prompt: list[int], answers: list[str]) -> dict[str, float]:
     """
     The answers' probabilities under the token-level mixture, with what cannot become an answer ruled out at every step
-    and the rest renormalised.
+    and the rest renormalized.
     """
     paths = {answer: [*saved.tokenizer(answer).input_ids, EOS] for answer in answers}
     probabilities = {}

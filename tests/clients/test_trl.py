@@ -63,7 +63,7 @@ def student(tmp_path_factory):
 
 @torch.no_grad()
 def mixed_logps(components, weights, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Normalised log-probabilities of a mixture, from its components one by one, in float64."""
+    """Normalized log-probabilities of a mixture, from its components one by one, in float64."""
     positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
     logits = [component(**inputs).logits.double().log_softmax(-1) for component in components]
@@ -129,7 +129,7 @@ class SpiedGKD(KeptInputs, GKDTrainer):
 
 
 def divergence(student_logps: torch.Tensor, teacher_logps: torch.Tensor, beta: float) -> torch.Tensor:
-    """Forward KL for 0, reverse KL for 1, the generalised Jensen-Shannon divergence between: of every position."""
+    """Forward KL for 0, reverse KL for 1, the generalized Jensen-Shannon divergence between: of every position."""
 
     def kl(p, q):
         return (p.exp() * (p - q)).sum(-1)
@@ -250,7 +250,7 @@ def distillation(model, settings, saved):
 def test_mixture_of_saved_policies_is_not_trained(saved, settings, make_trainer):
     model = MixturePolicyModel.from_pretrained(saved.folder)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="nothing in it can be trained.*MPOTrainer.*teacher"):
+    with pytest.raises(ValueError, match="cannot be trained in it.*MPOTrainer.*teacher"):
         make_trainer(model, settings, saved).train()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -314,7 +314,9 @@ def test_head_that_is_not_linear_is_refused_by_name(saved, student, settings):
     model = MixturePolicyModel.from_policies([capped, AutoModelForCausalLM.from_pretrained(student)])
     args = DistillationConfig(max_completion_length=4, **settings)
     trainer = DistillationTrainer(student, model, args, TEXTS, processing_class=saved.tokenizer)
-    with pytest.raises(ValueError, match=r"component 'policy_0' \(gemma2\) does more than a linear layer.*GKDTrainer"):
+    with pytest.raises(
+        ValueError, match=r"component 'policy_0' \(gemma2\) applies more than a linear layer.*GKDTrainer"
+    ):
         trainer.train()
 
 
