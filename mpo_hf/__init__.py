@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .rewards import RewardEnsemble, RewardModelSpec
     from .trainer import MPOConfig, MPOTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "MPOConfig",
     "MPOTrainer",
