@@ -22,7 +22,7 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # what the core tests need beside what the package itself does
-TESTING = ["gguf>=0.17", "matplotlib>=3.8", "pytest>=8", "pytest-xdist>=3.6"]
+TESTING = ["gguf>=0.17", "matplotlib>=3.8", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"]
 # a file for each part that leans on Transformers, TRL, PEFT, Datasets or the Hub
 CORE = [
     "adapters",
@@ -100,9 +100,15 @@ def installed_versions(python: Path) -> dict[str, str]:
     return {package["name"].lower().replace("_", "-"): package["version"] for package in listed}
 
 
+def file_of(name: str) -> Path:
+    """The file of the tests called `name`, whatever folder it is in."""
+    (path,) = (ROOT / "tests").rglob(f"test_{name}.py")
+    return path
+
+
 def run_core_tests(python: Path, skipped: Sequence[str] = ()) -> None:
     """Runs the core tests with another interpreter, all but those whose names contain one of `skipped`."""
-    files = [ROOT / "tests" / f"test_{name}.py" for name in CORE]
+    files = [file_of(name) for name in CORE]
     command = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", *files]
     if skipped:
         command += ["-k", " and ".join(f"not {name}" for name in skipped)]

@@ -1,9 +1,14 @@
 """Tiny models, the kinds of mixtures they make, and decoding loops that keep nothing between steps."""
 
 import hashlib
+import json
+import os
 import shutil
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -30,6 +35,9 @@ from transformers import (
 from mpo_hf import MixturePolicyModel
 
 
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+PROGRAMS = TESTS / "programs"
 VOCAB, PAD, BOS, EOS = 32, 0, 1, 2
 # Prompts of different lengths, for batches with padding.
 PROMPTS = [[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30], [BOS, 6, 6, 19, 27]]
@@ -115,7 +123,7 @@ def save_lora(folder: Path, base: str, seed: int, config: PeftConfig | None = No
         "target_modules": ["q_proj", "v_proj", "down_proj"],
         "task_type": "CAUSAL_LM",
     }
-    # random factors, where LoRA's own initialisation would leave the base unchanged
+    # random factors, where LoRA's own initialization would leave the base unchanged
     adapted = get_peft_model(model, config or LoraConfig(**{**settings, "init_lora_weights": False, **changes}))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -330,3 +338,18 @@ def beam_search(
 def completions_of(output: torch.Tensor, inputs: dict[str, torch.Tensor]) -> list[list[int]]:
     """The generated part of what `generate` returns."""
     return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def program(name: str, values: dict | None = None, launcher: Sequence[str] = ()) -> dict[str, Any]:
+    """
+    What `subprocess` is told to run a file of `programs/`, which can import what tests can.
+
+    Args:
+        values (`dict`, *optional*): the argument of the program, which gets it as JSON.
+        launcher (`Sequence[str]`): options of Python that run the program, such as `-m torch.distributed.run`.
+    """
+    command = [sys.executable, *launcher, str(PROGRAMS / name)]
+    if values is not None:
+        command.append(json.dumps(values))
+    found = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"args": command, "env": {**os.environ, "PYTHONPATH": os.pathsep.join(found)}, "text": True}

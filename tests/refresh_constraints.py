@@ -28,12 +28,7 @@ HEADER = """\
 # the package itself, and what an environment has before anything is installed
 LEFT_OUT = {"mpo-hf", "pip", "setuptools", "wheel"}
 LOWEST_PYTHON = (3, 10)
-
-LIST = """
-import json
-from importlib.metadata import distributions
-print(json.dumps([[d.metadata["Name"], d.version, d.metadata["Requires-Python"] or ""] for d in distributions()]))
-"""
+LIST = ROOT / "tests" / "programs" / "list_distributions.py"
 
 
 def constraint(name: str, version: str, requires_python: str) -> str:
@@ -45,7 +40,7 @@ def constraint(name: str, version: str, requires_python: str) -> str:
 
 def constraints(python: str | Path) -> str:
     """The file for what is installed beside an interpreter."""
-    listed = json.loads(subprocess.check_output([python, "-c", LIST]))
+    listed = json.loads(subprocess.check_output([python, LIST]))
     rows = {name.lower().replace("_", "-").replace(".", "-"): row for row in listed if (name := row[0])}
     lines = [constraint(name, *row[1:]) for name, row in sorted(rows.items()) if name not in LEFT_OUT]
     return HEADER + "\n".join(lines) + "\n"

@@ -4,13 +4,12 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from helpers import CLOSE
+from helpers import CLOSE, ROOT
 
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.integration
 
 
 def run_benchmark(script: str, *options: str) -> str:

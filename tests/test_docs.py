@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import ROOT, TESTS
 
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-sys.path.append(str(Path(__file__).parent / "pages"))
+sys.path.append(str(TESTS / "pages"))
 
 from hub_server import Hub  # noqa: E402
 from run_pages import blocks_of  # noqa: E402
 from team_hub import TOKENS, fill  # noqa: E402
 
 
+pytestmark = pytest.mark.integration
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 RUN = [page for page in PAGES if any(blocks_of(page))]
 

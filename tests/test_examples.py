@@ -5,13 +5,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from safetensors import safe_open
 
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.integration
 # Warnings that other libraries give one another: PEFT reads the property whenever it wraps a model (0.21.2).
 OF_OTHERS = ["`is_gradient_checkpointing` is deprecated"]
 ADAPTERS = ["positive", "concise", "readable", "reward_positive"]

@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 
+pytestmark = pytest.mark.integration
 REQUIREMENTS = {r.name: r for r in map(Requirement, PROJECT["dependencies"]) if r.name != "torch"}
 
 

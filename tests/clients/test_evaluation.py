@@ -13,6 +13,7 @@ from transformers import (
 )
 
 
+pytestmark = pytest.mark.integration
 TEXTS = [
     "Rain is water that falls.",
     "Rivers run.",

@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 
+pytestmark = pytest.mark.integration
 QUESTIONS = [
     {"question": "The sky is", "choices": [" blue", " made of stone", " a"], "answer": 0},
     {"question": "Rivers flow", "choices": [" down the hill", " up"], "answer": 0},

@@ -10,6 +10,7 @@ from transformers import TextIteratorStreamer, TextStreamer, pipeline
 from mpo_hf import MixturePolicyModel
 
 
+pytestmark = pytest.mark.integration
 PROMPTS = ["What is a cloud?", "Why?", "Tell me about rivers."]
 CHATS = [
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a cloud?"}],

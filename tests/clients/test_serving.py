@@ -16,6 +16,7 @@ from openai import APIStatusError, OpenAI
 from mpo_hf.cli.main import main
 
 
+pytestmark = pytest.mark.integration
 MESSAGES = [{"role": "user", "content": "What is a cloud?"}]
 TOKENS = 12
 SAMPLING = json.dumps({"do_sample": True, "top_k": 0})

@@ -23,7 +23,7 @@ CODE = "[0-9]{2}-[a-z]{2}"
 CODE_CHARACTERS = [string.digits, string.digits, "-", string.ascii_lowercase, string.ascii_lowercase]
 
 # llguidance's matcher complains of padding in rows that have ended
-pytestmark = pytest.mark.filterwarnings("ignore:Error in LLMatcher")
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore:Error in LLMatcher")]
 
 
 class Forecast(BaseModel):

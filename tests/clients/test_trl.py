@@ -24,6 +24,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from mpo_hf import MixturePolicyModel
 
 
+pytestmark = pytest.mark.integration
 PROMPTS = ["Rain?", "What is a river?", "Why?"]
 PAIRS = Dataset.from_dict(
     {

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 
+pytestmark = pytest.mark.integration
 RUN = Path(__file__).parent / "run.py"
 
 

@@ -8,6 +8,7 @@ import statistics
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from fits import Interrupt, count_b, count_c, make_args, make_trainer
 from helpers import close
 from huggingface_hub import ModelCard
 from toy import LENGTH, PROMPTS, sequence_logps, toy_policy, toy_tokenizer
@@ -15,75 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from mpo_hf import MixturePolicyModel, MPOConfig, MPOTrainer
 from mpo_hf.rewards import RewardError
-
-
-def count_c(completions, **kwargs):
-    return [float(c.split().count("c")) for c in completions]
-
-
-def count_b(completions, **kwargs):
-    return [float(c.split().count("b")) for c in completions]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A reference and two policies on disk, with their tokenizer."""
-    root = tmp_path_factory.mktemp("policies")
-    reference = toy_policy(100, 0.5)
-    for name, policy in {
-        "ref": reference,
-        "a": toy_policy(1, 0.1, reference),
-        "b": toy_policy(2, 0.1, reference),
-    }.items():
-        policy.save_pretrained(root / name)
-        toy_tokenizer().save_pretrained(root / name)
-    return root
-
-
-@pytest.fixture
-def mixture(folders):
-    return MixturePolicyModel.from_policies(
-        [folders / "a", folders / "b"], reference=folders / "ref", labels=["a", "b"]
-    )
-
-
-def make_args(output_dir, **kwargs):
-    defaults = {
-        "estimator": "bsmd",
-        "num_generations": 4,
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 8,
-        "max_steps": 6,
-        "max_completion_length": LENGTH,
-        "beta": 0.5,
-        "disable_tqdm": True,
-    }
-    return MPOConfig(output_dir=str(output_dir), **{**defaults, **kwargs})
-
-
-def make_trainer(
-    mixture, output_dir, rewards=(count_c, count_b), dataset=None, callbacks=None, eval_dataset=None, **kwargs
-):
-    return MPOTrainer(
-        model=mixture,
-        reward_funcs=list(rewards) if rewards else None,
-        args=make_args(output_dir, **kwargs),
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}) if dataset is None else dataset,
-        eval_dataset=eval_dataset,
-        processing_class=toy_tokenizer(),
-        callbacks=callbacks,
-    )
-
-
-class Interrupt(TrainerCallback):
-    """Stops the run in the middle of a step, as a person or a power cut would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 # ---- what a fit leaves behind ----
@@ -105,7 +37,7 @@ def test_everything_is_logged_at_every_step(mixture, tmp_path):
     assert [steps[-1]["weights/a"], steps[-1]["weights/b"]] == pytest.approx(trainer.model.mixture_weights.tolist())
 
 
-def test_the_result_is_the_average_of_the_iterates_unless_told_otherwise(mixture, folders, tmp_path):
+def test_the_result_is_the_average_of_the_iterates_unless_told_otherwise(mixture, toy_folder, tmp_path):
     class Iterates(TrainerCallback):
         seen: list = []
 
@@ -116,7 +48,7 @@ def test_the_result_is_the_average_of_the_iterates_unless_told_otherwise(mixture
     trainer.train()
     average = torch.stack(Iterates.seen).mean(0)
     torch.testing.assert_close(trainer.model.mixture_weights, average.float())
-    again = MixturePolicyModel.from_policies([folders / "a", folders / "b"], reference=folders / "ref")
+    again = MixturePolicyModel.from_policies([toy_folder / "a", toy_folder / "b"], reference=toy_folder / "ref")
     last = make_trainer(again, tmp_path / "last", average_iterates=False)
     last.train()
     torch.testing.assert_close(last.model.mixture_weights, Iterates.seen[-1].float())
@@ -169,7 +101,7 @@ def test_mixture_is_saved_with_its_code_if_asked(mixture, tmp_path):
         assert ("trust_remote_code=True" in (tmp_path / str(wanted) / "README.md").read_text()) == wanted
 
 
-def test_policies_are_not_changed(mixture, folders, tmp_path):
+def test_policies_are_not_changed(mixture, toy_folder, tmp_path):
     before = {name: value.clone() for name, value in mixture.state_dict().items()}
     make_trainer(mixture, tmp_path).train()
     after = mixture.state_dict()
@@ -201,12 +133,12 @@ def logps_by_hand(policy, prompts, completions):
     "objective, proposal", [("reward", "reference"), ("reward", "mixture"), ("implicit", "mixture")]
 )
 def test_evaluation_measures_the_mixture_on_the_prompts_given(
-    folders, tmp_path, monkeypatch, estimator, objective, proposal
+    toy_folder, tmp_path, monkeypatch, estimator, objective, proposal
 ):
     """Two batches of two prompts each; every logged number is computed again from the completions alone."""
     weights, beta = torch.tensor([0.3, 0.7], dtype=torch.float64), 0.5
     model = MixturePolicyModel.from_policies(
-        [folders / "a", folders / "b"], weights.tolist(), reference=folders / "ref", labels=["a", "b"]
+        [toy_folder / "a", toy_folder / "b"], weights.tolist(), reference=toy_folder / "ref", labels=["a", "b"]
     )
     options = {"estimator": estimator, "objective": objective, "proposal": proposal, "normalize_rewards": "none"}
     dataset = Dataset.from_dict({"prompt": PROMPTS})
@@ -261,9 +193,9 @@ def test_step_size_follows_its_schedule(mixture, tmp_path):
 @pytest.mark.parametrize(
     "objective, proposal", [("reward", "reference"), ("reward", "mixture"), ("implicit", "mixture")]
 )
-def test_resuming_gives_the_same_weights_to_the_last_bit(folders, tmp_path, objective, proposal):
+def test_resuming_gives_the_same_weights_to_the_last_bit(toy_folder, tmp_path, objective, proposal):
     def trainer(name, **kwargs):
-        model = MixturePolicyModel.from_policies([folders / "a", folders / "b"], reference=folders / "ref")
+        model = MixturePolicyModel.from_policies([toy_folder / "a", toy_folder / "b"], reference=toy_folder / "ref")
         return make_trainer(model, tmp_path / name, objective=objective, proposal=proposal, **kwargs)
 
     whole = trainer("whole")
@@ -280,7 +212,7 @@ def test_resuming_gives_the_same_weights_to_the_last_bit(folders, tmp_path, obje
     assert resumed.reward_offsets.any() == (objective == "reward" and proposal == "mixture")
 
 
-def test_a_reward_that_raises_loses_nothing(folders, mixture, tmp_path):
+def test_a_reward_that_raises_loses_nothing(toy_folder, mixture, tmp_path):
     calls = []
 
     def fails_later(completions, **kwargs):
@@ -294,7 +226,7 @@ def test_a_reward_that_raises_loses_nothing(folders, mixture, tmp_path):
         trainer.train()
     assert isinstance(error.value.__cause__, ConnectionError)
     again = MixturePolicyModel.from_policies(
-        [folders / "a", folders / "b"], reference=folders / "ref", labels=["a", "b"]
+        [toy_folder / "a", toy_folder / "b"], reference=toy_folder / "ref", labels=["a", "b"]
     )
     resumed = make_trainer(again, tmp_path, rewards=[count_c, fails_later])
     resumed.train(resume_from_checkpoint=True)
@@ -302,10 +234,10 @@ def test_a_reward_that_raises_loses_nothing(folders, mixture, tmp_path):
     assert len(calls) == 4 + 3  # steps 1 to 3 were not repeated
 
 
-def test_a_checkpoint_of_another_mixture_is_refused(folders, mixture, tmp_path):
+def test_a_checkpoint_of_another_mixture_is_refused(toy_folder, mixture, tmp_path):
     make_trainer(mixture, tmp_path, max_steps=1).train()
     other = MixturePolicyModel.from_policies(
-        [folders / "a", folders / "b"], reference=folders / "ref", labels=["x", "y"]
+        [toy_folder / "a", toy_folder / "b"], reference=toy_folder / "ref", labels=["x", "y"]
     )
     with pytest.raises(ValueError, match="belongs to a mixture of"):
         make_trainer(other, tmp_path).train(resume_from_checkpoint=True)
@@ -326,10 +258,10 @@ def test_checkpoints_of_models_in_memory_hold_no_weights(tmp_path):
 # ---- what it takes ----
 
 
-def test_a_list_of_policies_and_a_reference_will_do(folders, tmp_path):
+def test_a_list_of_policies_and_a_reference_will_do(toy_folder, tmp_path):
     trainer = MPOTrainer(
-        model=[str(folders / "a"), str(folders / "b")],
-        ref_model=str(folders / "ref"),
+        model=[str(toy_folder / "a"), str(toy_folder / "b")],
+        ref_model=str(toy_folder / "ref"),
         reward_funcs=[count_c, count_b],
         args=make_args(tmp_path, max_steps=1),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
@@ -382,13 +314,13 @@ def test_conversational_prompts_give_conversational_completions(mixture, tmp_pat
 
 
 @pytest.mark.parametrize("estimator", ["mis", "bsmd"])
-def test_streamed_prompts_give_the_same_weights(folders, tmp_path, estimator):
+def test_streamed_prompts_give_the_same_weights(toy_folder, tmp_path, estimator):
     def stream():
         yield from ({"prompt": prompt, "answer": prompt[0]} for prompt in PROMPTS * 2)
 
     def weights(name, dataset):
         """Those after every step."""
-        model = MixturePolicyModel.from_policies([folders / "a", folders / "b"], reference=folders / "ref")
+        model = MixturePolicyModel.from_policies([toy_folder / "a", toy_folder / "b"], reference=toy_folder / "ref")
         trainer = make_trainer(
             model,
             tmp_path / name,
@@ -406,9 +338,9 @@ def test_streamed_prompts_give_the_same_weights(folders, tmp_path, estimator):
     assert streamed == weights("listed", Dataset.from_list(list(stream())))
 
 
-def test_gradient_accumulation_averages_over_prompts(folders, tmp_path):
+def test_gradient_accumulation_averages_over_prompts(toy_folder, tmp_path):
     def weights(name, **kwargs):
-        model = MixturePolicyModel.from_policies([folders / "a", folders / "b"], reference=folders / "ref")
+        model = MixturePolicyModel.from_policies([toy_folder / "a", toy_folder / "b"], reference=toy_folder / "ref")
         trainer = make_trainer(
             model, tmp_path / name, max_steps=1, num_generations=2000, shuffle_dataset=False, learning_rate=8, **kwargs
         )
@@ -454,7 +386,7 @@ def test_bad_arguments_are_refused_with_the_reason(tmp_path, kwargs, message):
         (Dataset.from_dict({"prompt": [""]}), "no tokens"),
     ],
 )
-def test_bad_datasets_are_refused_before_anything_runs(folders, tmp_path, dataset, message):
+def test_bad_datasets_are_refused_before_anything_runs(toy_folder, tmp_path, dataset, message):
     model = MixturePolicyModel.from_policies([toy_policy(1, 0.1), toy_policy(2, 0.1)], reference=toy_policy(3, 0.1))
     for config in [model.config, *model.config.component_configs]:
         if "max_position_embeddings" in vars(config):
@@ -463,22 +395,24 @@ def test_bad_datasets_are_refused_before_anything_runs(folders, tmp_path, datase
         make_trainer(model, tmp_path, dataset=dataset)
 
 
-def test_arguments_that_do_not_fit_together_are_refused(folders, mixture, tmp_path):
+def test_arguments_that_do_not_fit_together_are_refused(toy_folder, mixture, tmp_path):
     with pytest.raises(ValueError, match="needs `reward_funcs`"):
         make_trainer(mixture, tmp_path, rewards=None)
     with pytest.raises(ValueError, match="1 `reward_funcs` for 2 policies"):
         make_trainer(mixture, tmp_path, rewards=[count_c])
-    orphan = MixturePolicyModel.from_policies([folders / "a", folders / "b"])
+    orphan = MixturePolicyModel.from_policies([toy_folder / "a", toy_folder / "b"])
     with pytest.raises(ValueError, match="no reference policy"):
         make_trainer(orphan, tmp_path)
     with pytest.raises(ValueError, match="must be a mixture or a list"):
         make_trainer(toy_policy(1, 0.1), tmp_path)
     extrapolated = MixturePolicyModel.from_policies(
-        [folders / "a", folders / "b"], [1.5, -0.5], reference=folders / "ref", allow_off_simplex=True
+        [toy_folder / "a", toy_folder / "b"], [1.5, -0.5], reference=toy_folder / "ref", allow_off_simplex=True
     )
     with pytest.raises(ValueError, match="on the simplex"):
         make_trainer(extrapolated, tmp_path)
-    at_vertex = MixturePolicyModel.from_policies([folders / "a", folders / "b"], [1.0, 0.0], reference=folders / "ref")
+    at_vertex = MixturePolicyModel.from_policies(
+        [toy_folder / "a", toy_folder / "b"], [1.0, 0.0], reference=toy_folder / "ref"
+    )
     with pytest.raises(ValueError, match="zero"):
         make_trainer(at_vertex, tmp_path)
 
@@ -491,8 +425,8 @@ def test_a_reward_that_is_not_a_number_stops_the_run_and_shows_the_completion(mi
         make_trainer(mixture, tmp_path, rewards=[count_c, broken]).train()
 
 
-def test_implicit_objective_needs_no_reference(folders, tmp_path):
-    model = MixturePolicyModel.from_policies([folders / "a", folders / "b"])
+def test_implicit_objective_needs_no_reference(toy_folder, tmp_path):
+    model = MixturePolicyModel.from_policies([toy_folder / "a", toy_folder / "b"])
     trainer = make_trainer(model, tmp_path, rewards=None, objective="implicit", max_steps=2)
     trainer.train()
     assert trainer.state.log_history[0]["dual_objective"] <= 0

@@ -3,19 +3,19 @@
 import json
 import random
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from helpers import ROOT
 
 from mpo_hf.estimation import balance_heuristic
 from mpo_hf.rollouts.columns import RolloutColumns
 from mpo_hf.rollouts.store import RolloutStore, StoredCompletions, first_id
 
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
+sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
 import rollout_store as benchmark  # noqa: E402
 
 

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import BOS, CLOSE, SIZES, fake_hub, load_lora, tiny
+from helpers import BOS, CLOSE, PROGRAMS, SIZES, fake_hub, load_lora, tiny
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
@@ -296,22 +296,12 @@ def test_config_edited_into_nonsense_does_not_open(mixture, tmp_path, fields, me
         MixturePolicyModel.from_pretrained(edit_config(tmp_path, **fields))
 
 
-REMOTE_CODE = """
-import pathlib
-from transformers import LlamaConfig, LlamaForCausalLM
-pathlib.Path({marker!r}).touch()
-class TheirConfig(LlamaConfig):
-    model_type = "theirs"
-class TheirModel(LlamaForCausalLM):
-    config_class = TheirConfig
-"""
-
-
-def test_trust_in_a_mixture_is_not_trust_in_its_components(folders, tmp_path):
+def test_trust_in_a_mixture_is_not_trust_in_its_components(folders, tmp_path, monkeypatch):
     theirs, marker = tmp_path / "theirs", tmp_path / "code has run"
     shutil.copytree(folders.base, theirs)
-    (theirs / "code.py").write_text(REMOTE_CODE.format(marker=str(marker)))
-    auto_map = {"AutoConfig": "code.TheirConfig", "AutoModelForCausalLM": "code.TheirModel"}
+    shutil.copy(PROGRAMS / "their_model.py", theirs)
+    monkeypatch.setenv("MARK", str(marker))
+    auto_map = {"AutoConfig": "their_model.TheirConfig", "AutoModelForCausalLM": "their_model.TheirModel"}
     edit_config(theirs, model_type="theirs", auto_map=auto_map)
     MixturePolicyConfig(components=[{"name_or_path": str(theirs)}]).save_pretrained(tmp_path / "mixture")
     for open_model in (AutoModelForCausalLM.from_pretrained, MixturePolicyModel.from_pretrained):

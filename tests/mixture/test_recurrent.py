@@ -58,7 +58,7 @@ def recurrent(kind: str, seed: int):
     config, own = KINDS[kind]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config(**{name: SIZES[name] for name in names}, **own))
-    with torch.no_grad():  # their own initialisation makes models that hardly disagree
+    with torch.no_grad():  # their own initialization makes models that hardly disagree
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.add_(0.3 * torch.randn_like(parameter))
@@ -146,7 +146,7 @@ def test_prompts_in_chunks_are_right_or_refused():
     with pytest.raises(ValueError, match="`prefill_chunk_size=1`.*padding"):
         generate(mixture, prefill_chunk_size=1)
     alone = MixturePolicyModel.from_policies(components(("mamba2", "mamba2")))
-    with pytest.raises(ValueError, match="`prefill_chunk_size=3` needs a cache that tells"):
+    with pytest.raises(ValueError, match="`prefill_chunk_size=3` needs a cache that records"):
         generate(alone, prefill_chunk_size=3)
 
 
@@ -237,7 +237,7 @@ def test_what_states_cannot_do_is_refused_in_words_of_their_own(pair):
     if not is_alone(pair):
         return
     filled = mixture.generate(torch.tensor(PROMPTS[:1]), **GREEDY, return_dict_in_generate=True)
-    with pytest.raises(ValueError, match="do not tell how many tokens"):
+    with pytest.raises(ValueError, match="do not record how many tokens"):
         generate(mixture, PROMPTS[:1], cache=filled.cache)
     other = MixturePolicyModel.from_policies(components(("mamba",)), [1.0])
     own = DynamicCache(config=policies[0].config)
@@ -254,5 +254,5 @@ def test_models_with_a_cache_of_their_own_kind_are_refused(tmp_path):
     for model in refused:
         model.save_pretrained(tmp_path / type(model).__name__)
         for policy in (model, str(tmp_path / type(model).__name__)):
-            with pytest.raises(ValueError, match=f"{type(model).__name__}.*cache of its own kind"):
+            with pytest.raises(ValueError, match=f"{type(model).__name__}.*cache of its own"):
                 MixturePolicyModel.from_policies([policy])

@@ -1,14 +1,23 @@
 """Components on devices of their own, offloaded, quantised: the mixture is that of the components so placed."""
 
-import ast
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import CLOSE, EOS, VOCAB, completions_of, greedy, left_pad, save_lora, save_tiny, tiny, tiny_tokenizer
+from helpers import (
+    CLOSE,
+    EOS,
+    VOCAB,
+    completions_of,
+    greedy,
+    left_pad,
+    program,
+    save_lora,
+    save_tiny,
+    tiny,
+    tiny_tokenizer,
+)
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -22,6 +31,7 @@ from mpo_hf import MixturePolicyModel
 from mpo_hf.rewards import make_reward_functions
 
 
+pytestmark = pytest.mark.integration
 PROMPTS = [[1, 7, 11, 3, 22], [1, 30], [1, 6, 19]]
 IDS = torch.tensor([[1, 5, 9, 11, 4]])
 WEIGHTS = [0.6, 0.4]
@@ -179,45 +189,10 @@ def test_offloaded_reward_models_score_the_same(policies, tmp_path, device_map):
     assert found[0] == found[1] and found[0][0] != found[0][1]
 
 
-FITS = """
-import itertools, json, os, sys
-import torch
-sys.path.insert(0, {tests!r})
-from second_device import place
-from test_trainer import make_trainer
-from toy import toy_policy
-from mpo_hf import MixturePolicyModel
-
-def fit(name, second, **options):
-    reference = toy_policy(100, 0.5)
-    models = [toy_policy(1, 0.1, reference), toy_policy(2, 0.1, reference), reference]
-    for i, model in enumerate(models):
-        model.set_attn_implementation("eager")
-        if i in second:
-            place(model)
-    mixture = MixturePolicyModel.from_policies(models[:2], reference=models[2])
-    mixture.hf_device_map = {{f"backbone_{{i}}": "second" if i in second else "cpu" for i in range(2)}}
-    assert [next(model.parameters()).device.type for model in models] == ["second" if i in second else "cpu" for i in range(3)]
-    run = make_trainer(mixture, os.path.join({out!r}, name), refresh_below=1.0, max_steps=3, use_cpu=True, **options)
-    run.train()
-    return run.weights.tolist()
-
-torch.set_num_threads(1)
-fits = {{}}
-for (estimator, proposal), there in zip(itertools.product(("bsmd", "mis"), ("mixture", "reference")), ([0, 2], [1, 2], [1], [0])):
-    options = dict(estimator=estimator, proposal=proposal, save_strategy="no", num_resamples=10)
-    fits[estimator + proposal] = [fit(f"{{estimator}}-{{proposal}}-{{second}}", second, **options) for second in ([], there)]
-try:
-    torch.cat([torch.ones(1), torch.ones(1, device="second")])
-except RuntimeError:
-    print(json.dumps(fits))
-"""
-
-
 def test_fits_with_policies_on_different_devices_find_the_same_weights(tmp_path):
     """In a process of its own: the device is there for all of it."""
-    script = FITS.format(tests=str(Path(__file__).parent), out=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    values = {"out": str(tmp_path)}
+    done = subprocess.run(**program("fits_on_two_devices.py", values), capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     fits = json.loads(done.stdout.splitlines()[-1])
     assert len(fits) == 4
@@ -225,41 +200,11 @@ def test_fits_with_policies_on_different_devices_find_the_same_weights(tmp_path)
         assert in_one_place == apart != [0.5, 0.5]
 
 
-ORDER = """
-import sys
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-sys.path.insert(0, {tests!r})
-from second_device import place
-from toy import toy_policy
-from mpo_hf import MixturePolicyModel
-
-class Log(TorchDispatchMode):
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if torch.device((kwargs or {{}}).get("device") or "cpu").type == "second":
-            events.append("copied")
-        return operator(*args, **(kwargs or {{}}))
-
-events = []
-models = [toy_policy(1, 0.1), toy_policy(2, 0.1)]
-place(models[1])
-mixture = MixturePolicyModel.from_policies(models)
-for model, event in zip(models, ("first runs", "second runs")):
-    model.set_attn_implementation("eager")
-    model.register_forward_pre_hook(lambda *_, event=event: events.append(event))
-ids = torch.tensor([[1, 2, 3]])
-with torch.no_grad(), Log():
-    mixture(input_ids=ids, attention_mask=torch.ones_like(ids))
-print(events[: events.index("second runs")])
-"""
-
-
 def test_a_device_has_its_inputs_before_another_is_busy():
     """A copy waits for what the device that it comes from was told to do before."""
-    script = ORDER.format(tests=str(Path(__file__).parent))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(**program("order_of_copies.py"), capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    *copies, last = ast.literal_eval(done.stdout.splitlines()[-1])
+    *copies, last = json.loads(done.stdout.splitlines()[-1])
     assert last == "first runs" and set(copies) == {"copied"}
 
 

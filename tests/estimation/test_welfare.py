@@ -1,4 +1,4 @@
-"""Welfare functions: the dual that a fit minimises against the primal problem, solved policy by policy by another solver."""
+"""Welfare functions: the dual that a fit minimizes against the primal problem, solved policy by policy by another solver."""
 
 import functools
 import math
@@ -184,7 +184,7 @@ WELFARES = [
 
 @pytest.mark.parametrize("welfare", WELFARES, ids=lambda w: type(w).__name__)
 def test_value_is_the_smallest_weighted_sum_over_the_set_of_weights(welfare):
-    """No point of Λ gives less than U, and some point gives U; many functions at once are minimised as one at a time."""
+    """No point of Λ gives less than U, and some point gives U; many functions at once are minimized as one at a time."""
     generator = torch.Generator().manual_seed(0)
     gains = torch.rand(20, 3, generator=generator, dtype=torch.float64) + 0.05
     points = torch.rand(4000, 3, generator=generator, dtype=torch.float64) * 4

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from fits import make_args, make_trainer, run_fit
 from helpers import CLOSE
-from test_fit_exactness import exact_optima, run_fit
-from test_trainer import folders, make_args, make_trainer  # noqa: F401
+from optima import exact_optima
 from transformers import AutoModelForCausalLM
 
 from mpo_hf import MixturePolicyModel, MPOConfig
@@ -12,6 +12,7 @@ from mpo_hf.estimation import DualTable, minimize_dual
 from mpo_hf.trainer.fit_problem import FitProblem
 
 
+pytestmark = pytest.mark.integration
 BETA = 0.2  # rewards over five nats
 
 
@@ -68,12 +69,12 @@ def test_fit_is_near_the_exact_optimum(tmp_path, options):
     assert (abs(trainer.certificate.mixture_duality_gap) < CLOSE["atol"]) == optimal
 
 
-def test_what_leaves_the_simplex_is_a_mixture_with_the_reference(folders, tmp_path):  # noqa: F811
+def test_what_leaves_the_simplex_is_a_mixture_with_the_reference(toy_folder, tmp_path):
     """Saved, resumed and opened like any other; the reference takes what the objectives leave."""
-    policies = [folders / "a", folders / "b"]
+    policies = [toy_folder / "a", toy_folder / "b"]
 
     def trainer(steps):
-        mixture = MixturePolicyModel.from_policies(policies, reference=folders / "ref", labels=["a", "b"])
+        mixture = MixturePolicyModel.from_policies(policies, reference=toy_folder / "ref", labels=["a", "b"])
         options = {"estimator": "mis", "constraints": {"a": -1.0}, "proposal": "mixture", "num_resamples": 10}
         return make_trainer(mixture, tmp_path / "run", max_steps=steps, beta=2.0, tolerance=0, **options)
 
@@ -90,7 +91,7 @@ def test_what_leaves_the_simplex_is_a_mixture_with_the_reference(folders, tmp_pa
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
-        single = [AutoModelForCausalLM.from_pretrained(folders / name)(ids).logits for name in ("a", "b", "ref")]
+        single = [AutoModelForCausalLM.from_pretrained(toy_folder / name)(ids).logits for name in ("a", "b", "ref")]
         pooled = sum(weight * logits.log_softmax(-1) for weight, logits in zip(weights, single))
         torch.testing.assert_close(opened(ids).logits, pooled, **CLOSE)
 

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from fits import make_trainer
+from optima import UNIFORM, exact_optima, population
 from scipy.optimize import minimize
-from test_estimation import UNIFORM, population
-from test_fit_exactness import exact_optima
-from test_trainer import make_trainer
 from toy import PROMPTS, TabularPolicy, reward_functions
 
 from mpo_hf import MixturePolicyModel, MPOConfig
@@ -104,6 +103,7 @@ def test_certificate_bounds_what_any_policy_could_gain():
     assert (certificate.standard_errors > 0).all() and certificate.weights is weights
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("proposal", ["mixture", "reference"])
 def test_fit_finds_the_best_mixture_of_policies_that_are_not_optimal(tmp_path, proposal):
     enumeration, rewards = exact_optima(2, BETA)

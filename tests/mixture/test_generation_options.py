@@ -10,6 +10,7 @@ from helpers import (
     BOS,
     CLOSE,
     PAD,
+    PROGRAMS,
     PROMPTS,
     VOCAB,
     beam_search,
@@ -346,7 +347,7 @@ def test_transition_scores_of_beams_add_up(some_case):
 
 @pytest.mark.parametrize("options", [{"num_return_sequences": 3}, {"num_return_sequences": 2, "temperature": 3.0}])
 def test_sampled_beams_of_padded_prompts_are_those_of_each_prompt(some_case, options):
-    """With beams drawn by Gumbel noise of their own, a row must not depend on its neighbours, padding or cache."""
+    """With beams drawn by Gumbel noise of their own, a row must not depend on its neighbors, padding or cache."""
     settings = {"num_beams": 3, "do_sample": True, "top_k": 0, "eos_token_id": ENDS, **options}
     outputs = []
     for way in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
@@ -597,15 +598,9 @@ def test_custom_generate_as_a_function(cases):
     assert generate(case.model, [PROMPT], **options) == [expected]
 
 
-def test_custom_generate_in_a_folder(cases, tmp_path):
+def test_custom_generate_in_a_folder(cases):
     case = cases("llama+gpt2")
-    (tmp_path / "custom_generate").mkdir()
-    (tmp_path / "custom_generate" / "generate.py").write_text(
-        "def generate(model, input_ids, **kwargs):\n"
-        "    kwargs = {k: v for k, v in kwargs.items() if v is not None}\n"
-        "    return model.generate(input_ids, **{**kwargs, 'do_sample': False, 'max_new_tokens': 3})\n"
-    )
-    options = {"custom_generate": str(tmp_path), "trust_remote_code": True, "do_sample": True}
+    options = {"custom_generate": str(PROGRAMS), "trust_remote_code": True, "do_sample": True}
     assert generate(case.model, [PROMPT], **options) == greedy(case.components, case.weights, [PROMPT], 3, ends=())
 
 

@@ -264,7 +264,7 @@ def test_streamer_sees_every_token_once(case):
     assert streamer.tokens == PROMPTS[0] + completion and streamer.ended
 
 
-class Favour(LogitsProcessor):
+class Favor(LogitsProcessor):
     """Raises the scores of odd tokens."""
 
     def __call__(self, input_ids, scores):
@@ -272,9 +272,9 @@ class Favour(LogitsProcessor):
 
 
 def test_logits_processors_see_the_mixture(case):
-    favour = {"process": lambda scores: Favour()(None, scores)}
-    expected = greedy(case.components, case.weights, PROMPTS, STEPS, ends=(), **favour)
-    assert generate(case.model, eos_token_id=[], logits_processor=LogitsProcessorList([Favour()])) == expected
+    favor = {"process": lambda scores: Favor()(None, scores)}
+    expected = greedy(case.components, case.weights, PROMPTS, STEPS, ends=(), **favor)
+    assert generate(case.model, eos_token_id=[], logits_processor=LogitsProcessorList([Favor()])) == expected
     assert expected != greedy(case.components, case.weights, PROMPTS, STEPS, ends=())
 
 

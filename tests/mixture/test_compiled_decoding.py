@@ -22,6 +22,7 @@ from mpo_hf.mixture.compat import CACHE_NAME
 from mpo_hf.mixture.mixture_cache import StepCache
 
 
+pytestmark = pytest.mark.integration
 INPUTS = left_pad([[BOS, 7, 11, 3, 22, 8, 14], [BOS, 30], [BOS, 6, 6, 19, 27]])
 SETTINGS = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": [], "pad_token_id": PAD}
 ROWS, LENGTH = INPUTS["input_ids"].shape

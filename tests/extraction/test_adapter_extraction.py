@@ -5,13 +5,13 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import (
     BOS,
     CLOSE,
+    ROOT,
     VOCAB,
     close,
     fake_hub,
@@ -33,7 +33,7 @@ from mpo_hf.extraction.checkpoint import Checkpoint
 from mpo_hf.extraction.low_rank import low_rank_factors
 
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 sys.path.append(str(EXAMPLES))
 
 from smollm2 import load_base, load_tokenizer  # noqa: E402

@@ -1,13 +1,13 @@
 """Weights from a table of completions, against other solvers and loops, and their certificate, against simulation."""
 
-import itertools
 import math
 
 import pytest
 import torch
+from optima import ALL_PROMPTS, UNIFORM, population
 from scipy.optimize import minimize
 from scipy.stats import chi2
-from toy import LENGTH, VOCAB_SIZE, Enumeration, enumerate_completions, toy_policy
+from toy import LENGTH, VOCAB_SIZE, Enumeration
 
 from mpo_hf import MirrorDescent
 from mpo_hf.estimation import (
@@ -23,22 +23,6 @@ from mpo_hf.estimation.certificate import small_sample_factor
 from mpo_hf.estimation.objectives import dual_objective
 from mpo_hf.estimation.welfare import CVaR, MaxMin, project_to_simplex
 from mpo_hf.rewards import normalize_rewards
-
-
-PROMPTS = [f"{a} {b}" for a, b in itertools.product("abcdef", repeat=2)]
-UNIFORM = torch.full((3,), 1 / 3, dtype=torch.float64)
-
-
-def population(seed: int, beta: float) -> tuple[Enumeration, torch.Tensor]:
-    """Thirty-six prompts, policies that are the exact optima of rewards in [0, 1], and these rewards."""
-    reference = toy_policy(1000 + seed, 0.5)
-    policies = [toy_policy(10 * seed + k, 0.3, reference) for k in (1, 2, 3)]
-    enumeration = enumerate_completions(policies, reference, PROMPTS)
-    ratios = enumeration.policies - enumeration.reference.unsqueeze(-1)
-    rewards = torch.sigmoid(ratios / ratios.std())
-    tilted = enumeration.reference.unsqueeze(-1) + rewards / beta
-    enumeration.policies = tilted - tilted.logsumexp(1, keepdim=True)
-    return enumeration, rewards
 
 
 def token_mixture(enumeration: Enumeration, weights: torch.Tensor) -> torch.Tensor:
@@ -159,7 +143,7 @@ def papers_fit(enumeration, rewards, beta, completions, generator, m=64, prompts
     weights = torch.nn.Parameter(UNIFORM.clone())
     optimizer = MirrorDescent([weights], lr=2 / math.sqrt(steps))
     for _ in range(steps):
-        rows = torch.randint(len(PROMPTS), (prompts,), generator=generator)
+        rows = torch.randint(len(ALL_PROMPTS), (prompts,), generator=generator)
         drawn = torch.multinomial(enumeration.reference[rows].exp(), m, True, generator=generator)
         loss, _ = dual_objective(weights, normalize_rewards(rewards[rows.unsqueeze(-1), drawn], beta) / beta)
         weights.grad = None
@@ -195,7 +179,7 @@ def test_bound_and_intervals_cover_what_they_should():
     proposal = token_mixture(enumeration, UNIFORM)
     for repetition in range(repetitions):
         generator = torch.Generator().manual_seed(repetition)
-        rows = torch.randint(len(PROMPTS), (24,), generator=generator)
+        rows = torch.randint(len(ALL_PROMPTS), (24,), generator=generator)
         sample = Sample(enumeration, rewards, rows, [proposal], 12, generator)
         table = sample.table(beta)
         (weights,), _ = minimize_dual(table)
@@ -203,7 +187,7 @@ def test_bound_and_intervals_cover_what_they_should():
         policy = torch.softmax(
             enumeration.reference + (enumeration.policies - enumeration.reference.unsqueeze(-1)) @ weights, dim=1
         )
-        truth = torch.einsum("py,pyk->k", policy, rewards) / len(PROMPTS)
+        truth = torch.einsum("py,pyk->k", policy, rewards) / len(ALL_PROMPTS)
         hits["gap"] += float(0 <= enumeration.dual(weights) - minimum <= found.duality_gap_bound)
         hits["weights"] += ((weights - best).abs() <= 1.96 * found.standard_errors).double().mean().item()
         hits["rewards"] += ((found.rewards - truth).abs() <= 1.96 * found.reward_errors).double().mean().item()
@@ -215,7 +199,7 @@ def test_bound_and_intervals_cover_what_they_should():
 def test_certificate_of_other_weights_is_larger_and_says_which_objectives_bind():
     enumeration, rewards = population(3, 1 / 20)
     enumeration.policies[..., 2] = enumeration.policies[..., 1]  # two of three are the same
-    rewards[..., 2] = rewards[..., 1] + 1.0  # and one of them is far better off, where rewards are not normalised
+    rewards[..., 2] = rewards[..., 1] + 1.0  # and one of them is far better off, where rewards are not normalized
     generator = torch.Generator().manual_seed(0)
     sample = Sample(enumeration, rewards, torch.arange(36), [token_mixture(enumeration, UNIFORM)], 24, generator)
     density = balance_heuristic(sample.prompt, sample.proposal, sample.proposal_logps)

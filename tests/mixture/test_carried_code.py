@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from environments import bare_environment, empty_environment, install
-from helpers import BOS, completions_of, save_lora
+from helpers import BOS, PROGRAMS, TESTS, completions_of, save_lora
 from hub_server import Hub
 from toy import toy_policy, toy_tokenizer
 from transformers import AutoModelForCausalLM
@@ -21,12 +21,11 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module, get
 from mpo_hf import MixturePolicyConfig, MixturePolicyModel
 
 
-TESTS = Path(__file__).parent
+pytestmark = pytest.mark.integration
 AUTO_MAP = {
     "AutoConfig": "configuration_mixture.MixturePolicyConfig",
     "AutoModelForCausalLM": "modeling_mixture.MixturePolicyModel",
 }
-SCRIPT = 'import os\n\nopen(os.environ["MARK"], "a").write("ran")\n\n\nclass Scripted:\n    pass\n'
 
 
 def run_client(python: str | Path, role: str, hub: Hub, root: Path, token: str, **plan) -> dict:
@@ -68,9 +67,9 @@ def fill(hub: Hub, root: Path) -> dict[str, str]:
         hub.upload(f"org/{name}", root / f"hub-{name}")
     shutil.copytree(folders["kind"], root / "scripted")
     config = json.loads((root / "scripted" / "config.json").read_text())
-    auto_map = dict.fromkeys(AUTO_MAP, "script.Scripted")
+    auto_map = dict.fromkeys(AUTO_MAP, "marking.Marking")
     (root / "scripted" / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
-    (root / "scripted" / "script.py").write_text(SCRIPT)
+    shutil.copy(PROGRAMS / "marking.py", root / "scripted")
     hub.upload("org/scripted", root / "scripted")
     return folders
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CLOSE, save_lora
+from helpers import CLOSE, TESTS, save_lora
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from toy import toy_policy, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
 
-TESTS = Path(__file__).parent
+pytestmark = pytest.mark.integration
 TOKENS = {"author-token": "author", "reader-token": "reader"}
 
 

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,9 +13,8 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset, load_dataset
-from helpers import CLOSE, close
-from test_fit_exactness import FAR, fit
-from test_trainer import Interrupt, count_b, count_c, folders, make_args, make_trainer  # noqa: F401
+from fits import FAR, Interrupt, count_b, count_c, fit, make_args, make_trainer
+from helpers import CLOSE, close, program
 from toy import PROMPTS, sequence_logps, toy_tokenizer
 from transformers import AutoModelForCausalLM, HfArgumentParser, QuantoConfig
 
@@ -28,23 +26,24 @@ from mpo_hf.trainer import rollout_fit
 from mpo_hf.trainer.fit_problem import FitProblem
 
 
+pytestmark = pytest.mark.integration
 LABELS = ["a", "b"]
 
 
 @pytest.fixture
-def trainer(folders, tmp_path):  # noqa: F811
+def trainer(toy_folder, tmp_path):
     def make(name="run", mixture=None, **kwargs):
         if mixture is None:
-            policies = [folders / label for label in LABELS]
-            mixture = MixturePolicyModel.from_policies(policies, reference=folders / "ref", labels=LABELS)
+            policies = [toy_folder / label for label in LABELS]
+            mixture = MixturePolicyModel.from_policies(policies, reference=toy_folder / "ref", labels=LABELS)
         return make_trainer(mixture, tmp_path / name, **{"estimator": "mis", "num_resamples": 20, **kwargs})
 
     return make
 
 
-def refit(folders, store, tmp_path, name="again", labels=LABELS, rewards=None, **kwargs):  # noqa: F811
+def refit(toy_folder, store, tmp_path, name="again", labels=LABELS, rewards=None, **kwargs):
     mixture = MixturePolicyModel.from_policies(
-        [folders / label for label in labels], reference=folders / "ref", labels=list(labels)
+        [toy_folder / label for label in labels], reference=toy_folder / "ref", labels=list(labels)
     )
     return MPOTrainer(
         model=mixture,
@@ -87,7 +86,7 @@ def test_the_fit_ends_when_it_has_converged(trainer):
 # ---- what is kept ----
 
 
-def test_everything_that_is_known_of_a_completion_is_kept(trainer, folders, tmp_path):  # noqa: F811
+def test_everything_that_is_known_of_a_completion_is_kept(trainer, toy_folder, tmp_path):
     run = trainer(proposal="mixture", gradient_accumulation_steps=2, max_steps=3)
     run.train()
     files = sorted(os.listdir(tmp_path / "run" / "_rollouts"))
@@ -104,7 +103,7 @@ def test_everything_that_is_known_of_a_completion_is_kept(trainer, folders, tmp_
         expected = [sequence_logps(policies[label], row["prompt_ids"], ids).item() for label in LABELS]
         assert row["policy_logps"] == close(expected)
         assert row["reference_logps"] == close(sequence_logps(run.reference_policy, row["prompt_ids"], ids).item())
-        mixture = MixturePolicyModel.from_policies([folders / n for n in LABELS], weights=row["proposal"])
+        mixture = MixturePolicyModel.from_policies([toy_folder / n for n in LABELS], weights=row["proposal"])
         assert row["proposal_logps"] == close(sequence_logps(mixture, row["prompt_ids"], ids).item())
         assert row["rewards"] == [count_c([row["completion"]])[0], count_b([row["completion"]])[0]]
 
@@ -120,7 +119,7 @@ def test_what_sampling_has_told_is_not_computed(trainer, estimator, proposal, to
         assert len(made) == 1
 
 
-def test_proposals_that_drew_for_one_prompt_are_weighed_together(trainer, folders, monkeypatch):  # noqa: F811
+def test_proposals_that_drew_for_one_prompt_are_weighed_together(trainer, toy_folder, monkeypatch):
     """The proposal is renewed at every step; densities are compared with those of independent models."""
     run = trainer(proposal="mixture", refresh_below=1.0, max_steps=4, per_device_train_batch_size=16)
     run.train()
@@ -128,7 +127,7 @@ def test_proposals_that_drew_for_one_prompt_are_weighed_together(trainer, folder
     proposals = list(numbers.proposals)
     assert len(proposals) == 4
     rows = run.rollout_fit.store.read(("prompt_ids", "completion_ids"))
-    models = {p: MixturePolicyModel.from_policies([folders / n for n in LABELS], weights=p) for p in proposals}
+    models = {p: MixturePolicyModel.from_policies([toy_folder / n for n in LABELS], weights=p) for p in proposals}
     logps = {
         p: [
             sequence_logps(model, prompt, torch.tensor([ids])).item()
@@ -146,7 +145,7 @@ def test_proposals_that_drew_for_one_prompt_are_weighed_together(trainer, folder
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_no_row_is_left_out_at_the_end_and_none_is_used_early(trainer, folders, tmp_path, monkeypatch, given):  # noqa: F811
+def test_no_row_is_left_out_at_the_end_and_none_is_used_early(trainer, toy_folder, tmp_path, monkeypatch, given):
     """
     Two batches a step. The table is made at the first one of the second step, without the rows of the second one, and
     would not be made again for it if this were not the last step.
@@ -155,7 +154,7 @@ def test_no_row_is_left_out_at_the_end_and_none_is_used_early(trainer, folders, 
     if given:
         run.train()
         run = refit(
-            folders, tmp_path / "run" / "_rollouts", tmp_path, gradient_accumulation_steps=2, proposal="mixture"
+            toy_folder, tmp_path / "run" / "_rollouts", tmp_path, gradient_accumulation_steps=2, proposal="mixture"
         )
     monkeypatch.setattr(rollout_fit, "GROWTH", 0.5)
     sizes = []
@@ -189,7 +188,7 @@ def test_the_loss_is_computed_once_for_an_estimate_and_weights(trainer, monkeypa
         run.rollout_fit.loss(weights.detach() + torch.tensor([0.1, -0.1]))
 
 
-def test_without_scores_of_the_policies_the_weights_are_the_same(trainer, folders, tmp_path, monkeypatch):  # noqa: F811
+def test_without_scores_of_the_policies_the_weights_are_the_same(trainer, toy_folder, tmp_path, monkeypatch):
     whole = trainer("whole", seed=3)
     whole.train()
     run = trainer("fast", seed=3, score_policies=False)
@@ -202,7 +201,7 @@ def test_without_scores_of_the_policies_the_weights_are_the_same(trainer, folder
     assert whole.certificate.mixture_rewards is not None
     assert set(run.rollout_fit.store.read(("policy_logps",))["policy_logps"]) == {None}
     # what another objective needs is computed when it does
-    later = refit(folders, tmp_path / "fast" / "_rollouts", tmp_path, objective="achieved", proposal="reference")
+    later = refit(toy_folder, tmp_path / "fast" / "_rollouts", tmp_path, objective="achieved", proposal="reference")
     later.train()
     assert later.certificate.of_mixture and later.certificate.mixture_rewards is not None
 
@@ -249,7 +248,7 @@ def test_a_share_of_the_prompts_is_scored_under_the_policies(trainer, tmp_path):
     assert len(load_dataset("parquet", data_files=files, split="train")) == 16 * 8
 
 
-def test_a_later_fit_scores_what_is_not_scored_yet(trainer, folders, tmp_path, monkeypatch):  # noqa: F811
+def test_a_later_fit_scores_what_is_not_scored_yet(trainer, toy_folder, tmp_path, monkeypatch):
     options = {"seed": 3, "dataset": MANY, "max_steps": 8, "tolerance": 0}
     whole = trainer("whole", **options)
     whole.train()
@@ -260,14 +259,14 @@ def test_a_later_fit_scores_what_is_not_scored_yet(trainer, folders, tmp_path, m
     monkeypatch.setattr(MPOTrainer, "reference_logps", never)
     with monkeypatch.context() as patch:
         patch.setattr(MPOTrainer, "policy_logps", never)
-        same = refit(folders, store, tmp_path, "same", score_policies=0.5)
+        same = refit(toy_folder, store, tmp_path, "same", score_policies=0.5)
         same.train()
     assert torch.equal(same.certificate.mixture_rewards, part.certificate.mixture_rewards)
     assert same.rollout_fit.columns == part.rollout_fit.columns
     monkeypatch.setattr(
         MPOTrainer, "policy_logps", lambda self, part: counts.append(len(part)) or policy_logps(self, part)
     )
-    later = refit(folders, store, tmp_path, "later")
+    later = refit(toy_folder, store, tmp_path, "later")
     later.train()
     found, before = (run.rollout_fit.columns["policy_logps"] for run in (later, part))
     known = ~torch.from_numpy(before).isnan().any(-1)
@@ -279,7 +278,7 @@ def test_a_later_fit_scores_what_is_not_scored_yet(trainer, folders, tmp_path, m
         (later.certificate.mixture_rewards, whole.certificate.mixture_rewards),
     ]:
         torch.testing.assert_close(one, other, **CLOSE)
-    achieved = refit(folders, store, tmp_path, "achieved", objective="achieved", score_policies=0)
+    achieved = refit(toy_folder, store, tmp_path, "achieved", objective="achieved", score_policies=0)
     achieved.train()
     assert achieved.rollout_fit.estimator.mixture.rows is None and achieved.certificate.of_mixture
 
@@ -331,34 +330,34 @@ def test_the_share_is_a_number_on_the_command_line(tmp_path, words, share):
 # ---- fitting what is kept ----
 
 
-def test_a_second_fit_costs_no_generation(trainer, folders, tmp_path, monkeypatch):  # noqa: F811
+def test_a_second_fit_costs_no_generation(trainer, toy_folder, tmp_path, monkeypatch):
     first = trainer(proposal="mixture", refresh_below=0.99)
     first.train()
     store = tmp_path / "run" / "_rollouts"
     monkeypatch.setattr(MixturePolicyModel, "generate", never)
     monkeypatch.setattr(MixturePolicyModel, "forward", never)
-    same = refit(folders, store, tmp_path, proposal="mixture", per_device_train_batch_size=16)
+    same = refit(toy_folder, store, tmp_path, proposal="mixture", per_device_train_batch_size=16)
     same.train()
     (weights,), _ = minimize_dual(first.rollout_fit.make_estimator().table)
     assert len(first.rollout_fit.columns.proposals) > 1
     torch.testing.assert_close(same.weights.detach(), weights, atol=1e-9, rtol=0)
     assert len(same.rollout_fit.columns) == len(first.rollout_fit.columns)
-    other = refit(folders, store, tmp_path, "implicit", objective="implicit")
+    other = refit(toy_folder, store, tmp_path, "implicit", objective="implicit")
     other.train()
     assert other.weights.sum().item() == pytest.approx(1)
-    alone = refit(folders, store, tmp_path, "alone", labels=["b"], beta=2.0)
+    alone = refit(toy_folder, store, tmp_path, "alone", labels=["b"], beta=2.0)
     alone.train()
     assert alone.model.config.mixture_weights == [1.0]
     assert alone.certificate.rewards.tolist() == pytest.approx([alone.rollout_fit.rewards.mean().item()], abs=0.5)
 
 
-def test_completions_scored_under_other_policies_are_warned_about(trainer, folders, tmp_path, caplog):  # noqa: F811
+def test_completions_scored_under_other_policies_are_warned_about(trainer, toy_folder, tmp_path, caplog):
     trainer(max_steps=1).train()
     store = tmp_path / "run" / "_rollouts"
-    refit(folders, store, tmp_path)
+    refit(toy_folder, store, tmp_path)
     assert "were scored under" not in caplog.text
     others = MixturePolicyModel.from_policies(
-        [folders / "a", folders / "ref"], reference=folders / "b", labels=["a", "b"]
+        [toy_folder / "a", toy_folder / "ref"], reference=toy_folder / "b", labels=["a", "b"]
     )
     MPOTrainer(
         model=others,
@@ -368,21 +367,21 @@ def test_completions_scored_under_other_policies_are_warned_about(trainer, folde
     )
     messages = [r.getMessage() for r in caplog.records if "were scored under" in r.getMessage()]
     assert len(messages) == 2 and "policy of 'b'" in messages[0] and "the reference is" in messages[1]
-    assert str(folders / "ref") in messages[0] and "to have them scored anew" in messages[0]
+    assert str(toy_folder / "ref") in messages[0] and "to have them scored anew" in messages[0]
 
 
-def test_a_table_from_elsewhere_is_completed(trainer, folders, tmp_path):  # noqa: F811
+def test_a_table_from_elsewhere_is_completed(trainer, toy_folder, tmp_path):
     """All completions of the reference policy, with nothing but their texts: their log-probabilities are computed."""
     run = trainer(proposal="reference", max_steps=8, per_device_train_batch_size=16)
     run.train()
     rows = run.rollout_fit.store.read(("prompt", "completion_ids"))
-    given = refit(folders, Dataset.from_dict(rows), tmp_path, rewards=[count_c, count_b])
+    given = refit(toy_folder, Dataset.from_dict(rows), tmp_path, rewards=[count_c, count_b])
     given.train()
     torch.testing.assert_close(given.weights, run.weights, **CLOSE)
     texts = Dataset.from_dict(
         {"prompt": rows["prompt"], "completion": toy_tokenizer().batch_decode(rows["completion_ids"])}
     )
-    given = refit(folders, texts, tmp_path, "texts", rewards=[count_c, count_b])
+    given = refit(toy_folder, texts, tmp_path, "texts", rewards=[count_c, count_b])
     given.train()
     torch.testing.assert_close(given.weights, run.weights, **CLOSE)
 
@@ -399,13 +398,13 @@ PLACES = {
 
 @pytest.mark.parametrize("estimator", ["bsmd", "mis"])
 @pytest.mark.parametrize("proposal", ["mixture", "reference"])
-def test_where_policies_lie_changes_nothing(trainer, folders, tmp_path, estimator, proposal):  # noqa: F811
+def test_where_policies_lie_changes_nothing(trainer, toy_folder, tmp_path, estimator, proposal):
     """Accelerate's offloading moves weights in and out as on a GPU; here they compute on the CPU all the same."""
     found = {}
     for place, device_map in {"in memory": None, **PLACES}.items():
         kwargs = {"device_map": device_map, "offload_folder": tmp_path / "offload"} if device_map else {}
         mixture = MixturePolicyModel.from_policies(
-            [folders / label for label in LABELS], reference=folders / "ref", labels=LABELS, **kwargs
+            [toy_folder / label for label in LABELS], reference=toy_folder / "ref", labels=LABELS, **kwargs
         )
         run = trainer(
             place, mixture, estimator=estimator, proposal=proposal, refresh_below=1.0, max_steps=3, save_strategy="no"
@@ -421,15 +420,21 @@ def test_where_policies_lie_changes_nothing(trainer, folders, tmp_path, estimato
 
 
 @pytest.mark.parametrize("estimator", ["bsmd", "mis"])
-def test_a_quantized_policy_beside_a_plain_one_is_fitted_as_it_is(trainer, folders, estimator):  # noqa: F811
+def test_a_quantized_policy_beside_a_plain_one_is_fitted_as_it_is(trainer, toy_folder, estimator):
     quantization = QuantoConfig(weights="int8")
     found = []
     for policies, kwargs in (
-        ([folders / "a", folders / "b"], {"quantization_config": {"component_1": quantization}}),
-        ([folders / "a", AutoModelForCausalLM.from_pretrained(folders / "b", quantization_config=quantization)], {}),
-        ([folders / "a", folders / "b"], {}),
+        ([toy_folder / "a", toy_folder / "b"], {"quantization_config": {"component_1": quantization}}),
+        (
+            [
+                toy_folder / "a",
+                AutoModelForCausalLM.from_pretrained(toy_folder / "b", quantization_config=quantization),
+            ],
+            {},
+        ),
+        ([toy_folder / "a", toy_folder / "b"], {}),
     ):
-        mixture = MixturePolicyModel.from_policies(policies, reference=folders / "ref", labels=LABELS, **kwargs)
+        mixture = MixturePolicyModel.from_policies(policies, reference=toy_folder / "ref", labels=LABELS, **kwargs)
         options = {"estimator": estimator, "proposal": "mixture", "max_steps": 3, "save_strategy": "no"}
         run = trainer(str(len(found)), mixture, **options)
         run.train()
@@ -542,30 +547,11 @@ def test_a_reward_that_dies_loses_nothing(trainer):
     assert resumed.state.global_step == 6 and len(calls) == 4 + 3
 
 
-KILLED = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-from test_trainer import make_trainer
-from mpo_hf import MixturePolicyModel
-torch.set_num_threads(1)
-root, out = {root!r}, {out!r}
-import os
-mixture = MixturePolicyModel.from_policies([root + "/a", root + "/b"], reference=root + "/ref", labels=["a", "b"])
-run = make_trainer(mixture, out, estimator="mis", num_resamples=20, proposal="mixture", refresh_below=0.98, max_steps=12)
-resume = any(n.startswith("checkpoint-") for n in os.listdir(out)) if os.path.isdir(out) else False
-print("ready", flush=True)
-run.train(resume_from_checkpoint=resume or None)
-print("done", run.model.config.mixture_weights, len(run.rollout_fit.columns), len(set(run.rollout_fit.columns["id"])), flush=True)
-"""
-
-
 @pytest.mark.slow
-def test_killed_ten_times_ends_where_an_uninterrupted_run_does(folders, tmp_path):  # noqa: F811
-    tests = str(Path(__file__).parent)
-
+def test_killed_ten_times_ends_where_an_uninterrupted_run_does(toy_folder, tmp_path):
     def start(out):
-        script = KILLED.format(tests=tests, root=str(folders), out=str(tmp_path / out))
-        return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        values = {"policies": str(toy_folder), "out": str(tmp_path / out)}
+        return subprocess.Popen(**program("killed_fit.py", values), stdout=subprocess.PIPE)
 
     whole = start("whole").communicate()[0].splitlines()[-1]
     assert whole.startswith("done")
@@ -588,36 +574,16 @@ def test_killed_ten_times_ends_where_an_uninterrupted_run_does(folders, tmp_path
     assert start("killed").communicate()[0].splitlines()[-1] == whole
 
 
-PARALLEL = """
-import json, sys, torch
-sys.path.insert(0, {tests!r})
-from test_trainer import make_trainer
-from mpo_hf import MixturePolicyModel
-torch.set_num_threads(1)
-root = {root!r}
-mixture = MixturePolicyModel.from_policies([root + "/a", root + "/b"], reference=root + "/ref", labels=["a", "b"])
-options = dict(estimator="mis", num_resamples=20, proposal="mixture", refresh_below=0.98, max_steps=4, use_cpu=True)
-run = make_trainer(mixture, {out!r}, gradient_accumulation_steps=2, **options)
-run.train()
-# to a file of its own: what ranks print may be mixed up in the pipe that they share
-path = {weights!r} + f"/rank-{{run.accelerator.process_index}}.json"
-with open(path, "w") as file:
-    json.dump(run.model.config.mixture_weights, file)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-def test_several_processes_find_what_one_finds_on_the_same_completions(folders, tmp_path, processes):  # noqa: F811
-    script = tmp_path / "fit.py"
-    paths = {"tests": Path(__file__).parent, "root": folders, "out": tmp_path / "run", "weights": tmp_path}
-    script.write_text(PARALLEL.format(**{name: str(path) for name, path in paths.items()}))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run([sys.executable, *launch, script], capture_output=True, text=True, timeout=600)
+def test_several_processes_find_what_one_finds_on_the_same_completions(toy_folder, tmp_path, processes):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    values = {"policies": str(toy_folder), "out": str(tmp_path / "run"), "weights": str(tmp_path)}
+    done = subprocess.run(**program("parallel_fit.py", values, launcher), capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(processes)]
     assert all(weights == found[0] for weights in found)
-    alone = refit(folders, tmp_path / "run" / "_rollouts", tmp_path, proposal="mixture")
+    alone = refit(toy_folder, tmp_path / "run" / "_rollouts", tmp_path, proposal="mixture")
     alone.train()
     shards = alone.rollout_fit.store.read(("id",))["id"]
     assert len(alone.rollout_fit.columns) == len(shards) == len(set(shards)) >= 4 * processes * 8
@@ -637,16 +603,16 @@ def test_completions_of_another_run_are_never_mixed_in_or_overwritten(trainer, t
     assert {p.name: p.read_bytes() for p in (tmp_path / "run" / "_rollouts").iterdir()} == before
 
 
-def test_rollouts_that_cannot_be_used_are_refused(folders, tmp_path):  # noqa: F811
+def test_rollouts_that_cannot_be_used_are_refused(toy_folder, tmp_path):
     with pytest.raises(ValueError, match="no rollouts.json"):
-        refit(folders, tmp_path, tmp_path)
+        refit(toy_folder, tmp_path, tmp_path)
     with pytest.raises(ValueError, match="'prompt' and 'completion'"):
-        refit(folders, Dataset.from_dict({"prompt": PROMPTS}), tmp_path)
+        refit(toy_folder, Dataset.from_dict({"prompt": PROMPTS}), tmp_path)
     with pytest.raises(ValueError, match='needs `estimator="mis"`'):
-        MPOTrainer(model=[folders / "a", folders / "b"], args=make_args(tmp_path), rollouts="x")
+        MPOTrainer(model=[toy_folder / "a", toy_folder / "b"], args=make_args(tmp_path), rollouts="x")
     table = Dataset.from_dict({"prompt": PROMPTS, "completion": ["a b c"] * 4})
     with pytest.raises(ValueError, match="rewards of .* are not all known"):
-        refit(folders, table, tmp_path, "unknown").train()
+        refit(toy_folder, table, tmp_path, "unknown").train()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from helpers import close, save_lora
+from helpers import PROGRAMS, close, save_lora
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from toy import LENGTH, PROMPTS, toy_policy, toy_tokenizer
@@ -22,21 +23,7 @@ from mpo_hf.cli.chat import Conversation
 from mpo_hf.cli.main import COMMANDS, main
 
 
-REWARDS = """
-def count_c(completions, **kwargs):
-    return [float(c.split().count("c")) for c in completions]
-
-
-def count_b(completions, suffix, **kwargs):
-    return [float(c.split().count(s)) for c, s in zip(completions, suffix)]
-
-
-def broken(completions, **kwargs):
-    raise KeyError("no such thing")
-
-
-number = 3
-"""
+pytestmark = pytest.mark.integration
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 SMALL = ["--num_generations", "4", "--per_device_train_batch_size", "8", "--max_completion_length", str(LENGTH)]
 SMALL += ["--beta", "0.5", "--disable_tqdm", "true", "--use_cpu", "true"]
@@ -81,7 +68,7 @@ def world(tmp_path_factory):
     config = LlamaConfig(**{**reference.config.to_dict(), "num_labels": 1, "pad_token_id": 0})
     LlamaForSequenceClassification(config).save_pretrained(root / "rm")
     toy_tokenizer().save_pretrained(root / "rm")
-    (root / "my_rewards.py").write_text(REWARDS)
+    shutil.copy(PROGRAMS / "my_rewards.py", root)
     rows = [{"prompt": prompt, "suffix": "b"} for prompt in PROMPTS]
     (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     mixture = MixturePolicyModel.from_policies(
@@ -493,23 +480,13 @@ def test_chat_needs_a_template(world):
 # ---- tokenizers ----
 
 
-CODE = """
-from transformers import PreTrainedTokenizerFast
-
-
-class Shouting(PreTrainedTokenizerFast):
-    def _decode(self, *args, **kwargs):
-        return super()._decode(*args, **kwargs).upper()
-"""
-
-
 @pytest.fixture
 def with_code(world, tmp_path):
     """A mixture without a tokenizer, of one component without and one with a tokenizer that comes with code."""
     for name in ("plain", "coded"):
         toy_policy(1, 0.1).save_pretrained(tmp_path / name)
     toy_tokenizer().save_pretrained(tmp_path / "coded")
-    (tmp_path / "coded" / "shouting.py").write_text(CODE)
+    shutil.copy(PROGRAMS / "shouting.py", tmp_path / "coded")
     path = tmp_path / "coded" / "tokenizer_config.json"
     auto_map = {"AutoTokenizer": [None, "shouting.Shouting"]}
     path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "Shouting", "auto_map": auto_map}))
@@ -537,17 +514,13 @@ def test_code_of_a_tokenizer_is_run_if_trusted(world, with_code):
     assert run(*options)[1].endswith(out.lower())
 
 
-def test_fit_takes_a_tokenizer_with_code(world, with_code, tmp_path):
+def test_fit_takes_a_tokenizer_with_code(world, with_code, tmp_path, monkeypatch):
     options = [*fit_options(world, tmp_path / "fit", steps=1), "--tokenizer", with_code / "coded"]
     line = error_line(run(*options))
     assert line.startswith(f"mpo-hf fit: error: --tokenizer {with_code / 'coded'} has no tokenizer")
     assert "trust_remote_code" in line
-    seen = str(tmp_path / "seen.json")
-    (tmp_path / "seeing.py").write_text(
-        "import json\n\n\ndef see(completions, **kwargs):\n"
-        f"    json.dump(completions, open({seen!r}, 'w'))\n    return [0.0] * len(completions)\n"
-    )
-    rewards = [f"{tmp_path}/seeing.py:see", f"{world}/my_rewards.py:count_b"]
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen.json"))
+    rewards = [f"{PROGRAMS}/seeing_reward.py:see", f"{world}/my_rewards.py:count_b"]
     options = [*fit_options(world, tmp_path / "fit", *rewards, steps=1), "--tokenizer", with_code / "coded"]
     status, _, err = run(*options, "--trust_remote_code", "true")
     assert status == 0, err
