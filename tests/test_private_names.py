@@ -87,4 +87,4 @@ def test_private_attributes_of_others_are_listed():
         for name, of_file in nodes.items()
         if name != "mixture/compat.py"
     }
-    assert not {name: unlisted for name, names in found.items() if (unlisted := names - USED.get(name, set()))}
+    assert {name: names for name, names in found.items() if names} == USED
