@@ -515,7 +515,8 @@ DRAFTS = {
 @pytest.mark.parametrize("way", ["assistant", "lookup"])
 def test_drafts_with_a_static_cache_are_right_or_refused_by_transformers(cases, kind, way):
     case, prompt = cases(kind), PROMPT * 2
-    options = {"cache_implementation": "static", "max_new_tokens": 12}
+    # with room: Transformers 5.24 makes one too small for the last drafts by prompt lookup, of any model
+    options = {CACHE_NAME: StaticCache(config=case.model.config, max_cache_len=48), "max_new_tokens": 12}
     options |= {"assistant_model": tiny("llama", 44)} if way == "assistant" else {"prompt_lookup_num_tokens": 2}
     if getattr(StaticLayer, "is_croppable", False) and kind != "mistral+gemma3":
         expected = greedy(case.components, case.weights, [prompt], 12, ends=())
