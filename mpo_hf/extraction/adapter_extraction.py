@@ -163,7 +163,7 @@ def extract_adapter(
             dictionaries: `{"name_or_path": ..., "revision": ...}`.
 
     Returns:
-        [`~adapter_extraction.ExtractedAdapter`], with `save_pretrained` and the `report`.
+        [`~mpo_hf.extraction.ExtractedAdapter`], with `save_pretrained` and the `report`.
 
     Raises:
         `ValueError`: for models of different architectures, shapes or vocabularies, for equal models, and for names that

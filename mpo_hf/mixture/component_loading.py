@@ -367,7 +367,7 @@ class ComponentLoader:
         """
         kwargs = {**component.adapter_location.kwargs, **file_kwargs(self.load_kwargs)}
         if self.load_kwargs.get("use_safetensors", True):
-            require_safetensors(component.adapter, **kwargs)
+            require_safetensors(component.adapter_location, self.load_kwargs)
         else:
             missing_ok = {"_raise_exceptions_for_missing_entries": False}
             if cached_file(component.adapter, ADAPTER_WEIGHTS, **missing_ok, **kwargs) is None:

@@ -134,14 +134,12 @@ def resolve_commit(repo_id: str, revision: str | None = None, token: bool | str 
         ) from err
 
 
-def require_safetensors(adapter: str, revision: str | None = None, subfolder: str | None = None, **kwargs) -> None:
+def require_safetensors(adapter: Location, load_kwargs: dict[str, Any]) -> None:
     """Refuses an adapter without safetensors, where PEFT would silently fall back to pickled weights."""
-    kwargs.pop("trust_remote_code", None)
-    missing_ok = {"_raise_exceptions_for_missing_entries": False}
-    location = {"revision": revision, "subfolder": subfolder or ""}
-    if cached_file(adapter, ADAPTER_WEIGHTS, **location, **missing_ok, **kwargs) is None:
+    kwargs = {**adapter.kwargs, **file_kwargs(load_kwargs), "_raise_exceptions_for_missing_entries": False}
+    if cached_file(adapter.name_or_path, ADAPTER_WEIGHTS, **kwargs) is None:
         raise OSError(
-            f"The adapter {adapter!r} has no {ADAPTER_WEIGHTS}. If you trust a pickled file from there, pass "
+            f"The adapter {adapter.name_or_path!r} has no {ADAPTER_WEIGHTS}. If you trust a pickled file from there, pass "
             "`use_safetensors=False`."
         )
 

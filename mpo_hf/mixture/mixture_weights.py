@@ -47,7 +47,7 @@ def check_mixture_weights(
     if allow_off_simplex:
         return checked
     sums = checked.sum(-1, keepdim=True)
-    if (checked < 0).any() or ((sums - 1).abs() > WEIGHT_SUM_TOLERANCE).any():
+    if not _is_on_simplex(checked):
         raise ValueError(
             f"Mixture weights must be >= 0 and sum to 1 (within {WEIGHT_SUM_TOLERANCE}), got {checked.tolist()} with "
             f"sum {sums.squeeze(-1).tolist()}. Divide them by their sum, or pass `allow_off_simplex=True` if you mean "
@@ -87,9 +87,14 @@ def prune_mixture_weights(weights: Sequence[float] | torch.Tensor, below: float)
     """
     count = torch.as_tensor(weights).shape[-1]
     checked = check_mixture_weights(weights, count, allow_off_simplex=True)
-    if (checked < 0).any() or ((checked.sum(-1) - 1).abs() > WEIGHT_SUM_TOLERANCE).any():
+    if not _is_on_simplex(checked):
         raise ValueError(f"Weights are pruned on the simplex (>= 0, with sum 1) only, got {checked.tolist()}.")
     if not isinstance(below, int | float) or not 0 <= below <= 1 / count:
         raise ValueError(f"`prune_below` must be from 0 to 1/{count} for {count} components, got {below!r}.")
     kept = checked.masked_fill(checked < checked.amax(-1, keepdim=True).clamp(max=below), 0)
     return kept / kept.sum(-1, keepdim=True)
+
+
+def _is_on_simplex(weights: torch.Tensor) -> bool:
+    off = (weights < 0).any() or ((weights.sum(-1) - 1).abs() > WEIGHT_SUM_TOLERANCE).any()
+    return not off

@@ -198,7 +198,7 @@ def _load_adapter(spec: RewardModelSpec, base: Location | None, adapter: Locatio
     if task_type not in (None, "SEQ_CLS"):
         raise ValueError(f"The adapter {path!r} is for the task {task_type}, but a reward needs SEQ_CLS.")
     if spec.model_kwargs.get("use_safetensors", True):
-        require_safetensors(path, **kwargs)
+        require_safetensors(adapter, _hub_kwargs(spec))
     weights = load_peft_weights(path, device="cpu", **kwargs)
     model = _load_base(spec, base, weights) if base else spec.model
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
