@@ -70,3 +70,23 @@ def test_benchmark_for_a_gpu_runs_on_the_cpu(mode, tmp_path):
     assert_ratios(rows)
     assert all(row["same_tokens"] for row in rows if row["way"] != "base")
     assert "Goal (at most 1.15 times the base, compiled, at batch 1 on the shape 8B): not measured." in output
+
+
+def test_coverage_of_the_bound_is_a_table():
+    options = [
+        "--size",
+        "12",
+        "60",
+        "--populations",
+        "normal-2",
+        "--prompts",
+        "10",
+        "--completions",
+        "8",
+        "--fits",
+        "3",
+    ]
+    header, _, row = run_benchmark("bound_coverage.py", *options).split("\n\n")[1].splitlines()
+    cells = dict(zip(header.split(" | "), row.split(" | ")))
+    assert 0 <= float(cells["covered"].rstrip("%")) <= 100 and float(cells["gap"]) > 0
+    assert run_benchmark("bound_coverage.py", *options, "--stopping").count("\n| normal-2") == 1

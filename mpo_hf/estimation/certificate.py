@@ -1,15 +1,16 @@
 r"""
-Certificates of fitted weights: confidence bounds of the duality gap, and standard errors, by a bootstrap over prompts.
+Certificates of fitted weights: the duality gap with its confidence bound, rewards, and standard errors.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 
 import torch
 
+from .bias import MIN_PROMPTS, bias_of_mixture, estimate_bias, moments_by_prompt
 from .dual import CHUNK_NUMEL, minimize_dual
-from .primal import SMOOTHING, maximize_primal
+from .gap_bound import gap_bound
+from .primal import SMOOTHING, maximize_primal, primal_objective
 from .tables import DualTable, MixtureTable, effective_sample_fractions, sums_by_prompt
 from .welfare import MaxMin, Polyhedral, Welfare
 
@@ -17,6 +18,8 @@ from .welfare import MaxMin, Polyhedral, Welfare
 # Precision of the minima of the replicates, in nats: far below the gaps of interest (0.01 ends a fit by default), and
 # reached in fewer iterations than the default of `minimize_dual`.
 REPLICATE_TOLERANCE = 1e-7
+# Numbers (rows times replicates) up to which every replicate is minimized exactly.
+EXACT_NUMEL = CHUNK_NUMEL // 10
 # A weight above this counts as an objective that binds. Newton's method sets the others to exactly 0; L-BFGS, whose
 # weights are a softmax, does not.
 ACTIVE_WEIGHT = 1e-6
@@ -37,11 +40,14 @@ class Certificate:
         duality_gap (`float`): F̂(λ) less its minimum on the same completions; 0 for the minimizer itself.
         duality_gap_bound (`float`):
             Upper confidence bound of F(λ) - F(λ*), in nats. \\(E_x \mathrm{KL}(\pi^* \| \pi_\lambda)\\) is no larger.
+            Infinite if there are too few prompts, or too few completions that count, for any bound.
         confidence (`float`): confidence level of the bound.
         active (`torch.Tensor` of shape `(K,)`):
             The fraction of the replicates in which an objective has weight: near 1 for objectives that bind, near 0
             for those that are better off than the worst.
         effective_sample_fraction (`float`): mean effective sample size, as a fraction of a prompt's completions.
+        effective_completions (`float`, *optional*): mean effective sample size of a prompt, in completions.
+        num_prompts (`int`, *optional*): number of prompts.
         rewards (`torch.Tensor` of shape `(K,)`, *optional*):
             Expected reward of every objective under the optimal policy for these weights,
             \\(\pi_{ref} \exp(\sum_k \lambda_k r_k/\beta)\\), normalized.
@@ -58,6 +64,11 @@ class Certificate:
         of_mixture (`bool`, *optional*, defaults to `False`):
             Whether `duality_gap` and its bound are those of the mixture, min F̂ - Ĝ, as for weights that maximize the
             primal objective (`objective="achieved"`), rather than F̂(λ) - min F̂.
+        optimality_gap_bound (`float`, *optional*):
+            Of weights that were fitted to what is decoded: upper confidence bound of how much more welfare, in nats, the
+            best weights within reach of the completions have.
+        divergence (`float`, *optional*): the divergence of the mixture from the reference, in nats a completion.
+        divergence_error (`float`, *optional*): its standard error.
     """
 
     weights: torch.Tensor
@@ -68,6 +79,8 @@ class Certificate:
     confidence: float
     active: torch.Tensor
     effective_sample_fraction: float
+    effective_completions: float = math.nan
+    num_prompts: int = 0
     rewards: torch.Tensor | None = None
     reward_errors: torch.Tensor | None = None
     mixture_rewards: torch.Tensor | None = None
@@ -75,6 +88,9 @@ class Certificate:
     mixture_duality_gap: float | None = None
     mixture_duality_gap_error: float | None = None
     of_mixture: bool = False
+    optimality_gap_bound: float | None = None
+    divergence: float | None = None
+    divergence_error: float | None = None
 
 
 def certify(
@@ -91,11 +107,13 @@ def certify(
     r"""
     A confidence bound of the duality gap F(λ) - F(λ*), and standard errors, by the bootstrap over prompts.
 
-    Every replicate draws the prompts anew, with all their completions. The distance of F̂ at `weights` from its
-    minimum on the replicate imitates the gap: the sampled prompts play the role of the population. As with any
-    bootstrap the bound is too small for few prompts; it is widened by the ratio of the quantile of Hotelling's
-    distribution to that of its limit. The bound does not include the bias of the logarithm of a mean, which falls with
-    the number of completions per prompt: do not rely on it when the effective sample size is a few completions.
+    Every replicate draws the prompts anew, with all their completions. The bound counts in the bias of F̂, which falls
+    with the number of completions per prompt, not with that of prompts ([`~mpo_hf.estimation.bias`] estimates it), and
+    the errors of few prompts ([`~mpo_hf.estimation.gap_bound`]). In simulations with effective fractions of 20% to
+    70% and at least 16 completions, bounds with 95% confidence held in 93% to 100% of 200 fits, see the page of
+    benchmarks. It is infinite for fewer than 8 prompts, fewer than 4 completions of a prompt, fewer than 3 effective
+    completions on average, and where the bias does not fall yet with the number of completions, as when rewards are so
+    rare that most prompts have none.
 
     Args:
         table ([`DualTable`]): the table.
@@ -128,22 +146,20 @@ def certify(
     found = _bootstrap(table, num_resamples, seed, welfare)
     weights = found.best if weights is None else weights.to(table.offsets)
     by_prompt, shares = table.by_prompt(weights.unsqueeze(0))
-    gaps = found.counts @ by_prompt[:, 0] - found.minima
-    active = (found.minimizers > ACTIVE_WEIGHT).double().mean(0)
-    # weights with sum 1 have one dimension less than there are objectives with weight in most replicates
-    dimension = max(1, int(active.gt(0.5).sum()) - 1)
-    widened = small_sample_factor(num_prompts, dimension, confidence)
-    gap_bound = gaps.quantile(confidence).clamp(min=0).item()
+    bias = estimate_bias(table, found.best)
     value = by_prompt.mean().item()
+    fractions = effective_sample_fractions(table.prompt, shares[:, 0])
     certificate = Certificate(
         weights=weights,
         standard_errors=found.minimizers.std(0),
         dual_objective=value,
         duality_gap=max(0.0, value - found.minimum.item()),
-        duality_gap_bound=gap_bound * widened if math.isfinite(widened) else math.inf,
+        duality_gap_bound=gap_bound(table, weights, found.best, bias, found.counts, confidence, welfare, seed),
         confidence=confidence,
-        active=active,
-        effective_sample_fraction=effective_sample_fractions(table.prompt, shares[:, 0]).mean().item(),
+        active=(found.minimizers > ACTIVE_WEIGHT).double().mean(0),
+        effective_sample_fraction=fractions.mean().item(),
+        effective_completions=(fractions * torch.bincount(table.prompt)).mean().item(),
+        num_prompts=num_prompts,
     )
     if rewards is not None:
         certificate.rewards, certificate.reward_errors = _mean_rewards(table.prompt, shares, rewards, found.counts)
@@ -194,23 +210,94 @@ def certify_primal(
         mixture=mixture,
         mixture_weights=weights,
     )
-    gap, gap_error = certificate.mixture_duality_gap, certificate.mixture_duality_gap_error
-    assert gap is not None and gap_error is not None  # as `mixture` is given
+    gap = certificate.mixture_duality_gap
+    assert gap is not None  # as `mixture` is given
+    counts = bootstrap_counts(table.num_prompts, num_resamples, seed)
     replicates = torch.stack(
         [
-            maximize_primal(mixture, welfare, [weights], counts, SMOOTHING[-1:])[0]
-            for counts in bootstrap_counts(table.num_prompts, min(NUM_PRIMAL_REPLICATES, num_resamples), seed)
+            maximize_primal(mixture, welfare, [weights], draws, SMOOTHING[-1:])[0]
+            for draws in counts[:NUM_PRIMAL_REPLICATES]
         ]
     )
     certificate.of_mixture = True
     certificate.weights, certificate.standard_errors = weights, replicates.std(0)
     certificate.active = (replicates > ACTIVE_WEIGHT_PRIMAL).double().mean(0)
-    certificate.effective_sample_fraction = mixture.effective_sample_fraction(weights).item()
+    fractions = effective_sample_fractions(mixture.prompt, mixture.shares(weights)[0])
+    certificate.effective_sample_fraction = fractions.mean().item()
+    certificate.effective_completions = (fractions * torch.bincount(mixture.prompt)).mean().item()
     certificate.duality_gap = max(0.0, gap)
-    # one-sided, from the normal distribution: this gap is a mean over prompts
-    quantile = torch.distributions.Normal(0, 1).icdf(torch.tensor(confidence)).item()
-    certificate.duality_gap_bound = max(0.0, gap + quantile * gap_error)
+    certificate.duality_gap_bound = _primal_gap_bound(table, mixture, weights, replicates, counts, confidence, welfare)
     return certificate
+
+
+def _primal_gap_bound(
+    table: DualTable,
+    mixture: MixtureTable,
+    weights: torch.Tensor,
+    replicates: torch.Tensor,
+    counts: torch.Tensor,
+    confidence: float,
+    welfare: Welfare,
+) -> float:
+    r"""
+    Upper confidence bound of min F - G(λ), from \(\hat F\) and \(\hat G\) with their estimated biases, and without
+    what fitting to the same completions gains. `replicates` are maximizers of \(\hat G\) for the first rows of
+    `counts`.
+    """
+    (gains, divergence), lacks = mixture.measure(weights), bias_of_mixture(mixture, weights)
+    fitted = [
+        primal_objective(mixture, found, welfare, draws) - primal_objective(mixture, weights, welfare, draws)
+        for found, draws in zip(replicates, counts.unsqueeze(1))
+    ]
+    optimism = torch.stack(fitted).mean()
+    return bound_over_policies(table, gains + lacks[0], divergence + lacks[1], optimism, counts, confidence, welfare)
+
+
+def bound_over_policies(
+    table: DualTable,
+    gains: torch.Tensor,
+    divergence: torch.Tensor,
+    optimism: torch.Tensor,
+    counts: torch.Tensor,
+    confidence: float,
+    welfare: Welfare,
+) -> float:
+    r"""
+    Upper confidence bound of how much more welfare any policy could have than a mixture, min F - G (weak duality).
+
+    Args:
+        table ([`DualTable`]): the completions, for F; its bias is estimated and counted in.
+        gains (`torch.Tensor` of shape `(P, K)`): contributions of the prompts to the gains of the mixture.
+        divergence (`torch.Tensor` of shape `(P,)`): the same for its divergence from the reference.
+        optimism (`torch.Tensor`): how much better than the mixture the best weights of a replicate are on it, the mean.
+        counts (`torch.Tensor` of shape `(B, P)`): weights of the prompts in every replicate, rows with sum 1.
+        confidence (`float`): confidence level.
+        welfare ([`~mpo_hf.estimation.welfare.Welfare`]): the welfare function.
+
+    Returns:
+        `float`: the bound, in nats; infinite if prompts or completions are too few for any.
+    """
+    (best,), _ = minimize_dual(table, welfare=welfare)
+    bias = estimate_bias(table, best)
+    num_prompts = table.num_prompts
+    if num_prompts < MIN_PROMPTS or not bias.is_reliable:
+        return math.inf
+    values = table.by_prompt(best.unsqueeze(0))[0][:, 0] + bias.value
+
+    def gap(draws: torch.Tensor) -> torch.Tensor:
+        return draws @ (values + divergence) - welfare.value(draws @ gains)
+
+    equal = counts.new_full((1, num_prompts), 1 / num_prompts)
+    # the sampled maximum is above the maximum of G by as much as G(λ) is below it
+    found = gap(equal)[0] + 2 * optimism.clamp(min=0)
+    found = found + _student_quantile(confidence, num_prompts - 1) * gap(counts).std()
+    return max(0.0, found.item()) if torch.isfinite(found) else math.inf
+
+
+def _student_quantile(confidence: float, degrees: int) -> float:
+    from scipy import stats  # here, as the import takes up to a second
+
+    return float(stats.t.ppf(confidence, degrees))
 
 
 def _certify_mixture(
@@ -228,11 +315,15 @@ def _certify_mixture(
         found = _mean_rewards(mixture.prompt, shares, rewards, dual.counts)
         certificate.mixture_rewards, certificate.mixture_reward_errors = found
     num_prompts = len(divergence)
+    certificate.divergence = divergence.mean().item()
+    certificate.divergence_error = (dual.counts @ divergence).std().item()
     gains = sums_by_prompt(mixture.prompt, shares * mixture.gains, num_prompts)
     draws = torch.cat([dual.counts.new_full((1, num_prompts), 1 / num_prompts), dual.counts])
     primal = welfare.value(draws @ gains) - draws @ divergence
     gaps = torch.cat([dual.minimum.reshape(1), dual.minima]) - primal
-    certificate.mixture_duality_gap, certificate.mixture_duality_gap_error = gaps[0].item(), gaps[1:].std().item()
+    # a replicate may have no positive gains, and then no welfare that is a function of these
+    error = gaps[1:].std().item() if gaps[1:].isfinite().all() else math.inf
+    certificate.mixture_duality_gap, certificate.mixture_duality_gap_error = gaps[0].item(), error
 
 
 def _mean_rewards(
@@ -274,21 +365,14 @@ def _minima_of_replicates(
     quadratic models at `best`, which hardly differ, and take one pass over the table instead of several for each
     replicate.
     """
-    if len(table.prompt) * len(counts) <= CHUNK_NUMEL or not isinstance(welfare, Polyhedral):
+    if len(table.prompt) * len(counts) <= EXACT_NUMEL or not isinstance(welfare, Polyhedral):
         return minimize_dual(table, counts, start=best, tolerance=REPLICATE_TOLERANCE, welfare=welfare)
-    advantages, prompt, num_prompts = table.advantages, table.prompt, table.num_prompts
-    values, shares = table.by_prompt(best.unsqueeze(0))
-    means = sums_by_prompt(prompt, shares * advantages, num_prompts)
-    seconds = [
-        sums_by_prompt(prompt, shares * advantages[:, k : k + 1] * advantages, num_prompts)
-        for k in range(table.num_objectives)
-    ]
-    covariances = torch.stack(seconds, dim=1) - means.unsqueeze(-1) * means.unsqueeze(-2)
-    gradient, hessian = counts @ means, torch.einsum("bp,pkl->bkl", counts, covariances)
+    values, gradients, hessians = moments_by_prompt(table, best)
+    gradient, hessian = counts @ gradients, torch.einsum("bp,pkl->bkl", counts, hessians)
     found = welfare.quadratic_minimum(best.expand(len(counts), -1), gradient, hessian)
     step = found - best
     change = (gradient * step).sum(-1) + torch.einsum("bk,bkl,bl->b", step, hessian, step) / 2
-    return found, counts @ values[:, 0] + change
+    return found, counts @ values + change
 
 
 def bootstrap_counts(num_prompts: int, num_resamples: int, seed: int) -> torch.Tensor:
@@ -297,31 +381,3 @@ def bootstrap_counts(num_prompts: int, num_resamples: int, seed: int) -> torch.T
     drawn = torch.randint(num_prompts, (num_resamples, num_prompts), generator=generator)
     counts = torch.zeros(num_resamples, num_prompts, dtype=torch.float64)
     return counts.scatter_add_(1, drawn, torch.ones_like(counts)).div_(num_prompts)
-
-
-@functools.cache
-def small_sample_factor(num_prompts: int, dimension: int, confidence: float) -> float:
-    r"""
-    How much wider a bound from n prompts must be than one from infinitely many.
-
-    A squared distance in d dimensions, relative to the covariance matrix of a mean, has the quantile
-    \\(q_{\chi^2_d}\\) if that matrix is known. The bootstrap estimates it from the n prompts, with divisor n; the
-    distance then has Hotelling's distribution \\(\frac{dn}{n - d} F_{d, n-d}\\) (Anderson, An Introduction to
-    Multivariate Statistical Analysis, 2003, section 5.2).
-
-    Args:
-        num_prompts (`int`): n.
-        dimension (`int`): d.
-        confidence (`float`): level of the quantiles.
-
-    Returns:
-        `float`: the ratio of the two quantiles, above 1; infinite for \\(n \le d + 1\\), where the estimated covariance
-            matrix has at most one degree of freedom left.
-    """
-    from scipy import stats  # here, as the import takes up to a second
-
-    degrees = num_prompts - dimension
-    if degrees <= 1:
-        return math.inf
-    hotelling = dimension * num_prompts / degrees * stats.f.ppf(confidence, dimension, degrees)
-    return float(hotelling / stats.chi2.ppf(confidence, dimension))

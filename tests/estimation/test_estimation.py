@@ -6,7 +6,6 @@ import pytest
 import torch
 from optima import ALL_PROMPTS, UNIFORM, population
 from scipy.optimize import minimize
-from scipy.stats import chi2
 from toy import LENGTH, VOCAB_SIZE, Enumeration
 
 from mpo_hf import MirrorDescent
@@ -19,7 +18,6 @@ from mpo_hf.estimation import (
     minimize_dual,
     reward_table,
 )
-from mpo_hf.estimation.certificate import small_sample_factor
 from mpo_hf.estimation.objectives import dual_objective
 from mpo_hf.estimation.welfare import CVaR, MaxMin, project_to_simplex
 from mpo_hf.rewards import normalize_rewards
@@ -233,10 +231,9 @@ def test_replicates_of_large_tables_are_those_of_small_ones(welfare, monkeypatch
     table = sample.table(0.2)
     (weights,), _ = minimize_dual(table, welfare=welfare)
     exact = certify(table, weights, welfare=welfare)
-    for module in ("dual", "certificate"):
-        monkeypatch.setattr(f"mpo_hf.estimation.{module}.CHUNK_NUMEL", 1000)
+    monkeypatch.setattr("mpo_hf.estimation.dual.CHUNK_NUMEL", 1000)
+    monkeypatch.setattr("mpo_hf.estimation.certificate.EXACT_NUMEL", 1000)
     fast = certify(table, weights, welfare=welfare)
-    assert fast.duality_gap_bound == pytest.approx(exact.duality_gap_bound, rel=0.02)
     torch.testing.assert_close(fast.standard_errors, exact.standard_errors, rtol=0.02, atol=0)
     torch.testing.assert_close(fast.active, exact.active, rtol=0, atol=0.02)
 
@@ -254,28 +251,6 @@ def test_two_prompts_that_agree_bound_nothing():
     certificate = certify(table)
     assert certificate.weights.tolist() == [1, 0] and certificate.duality_gap == 0
     assert certificate.duality_gap_bound == math.inf
-
-
-@pytest.mark.parametrize("num_prompts, dimension", [(4, 1), (6, 4), (12, 3), (36, 2)])
-def test_widened_bound_has_the_coverage_of_many_prompts(num_prompts, dimension):
-    """
-    Squared distances of simulated means from the true one, relative to covariances estimated from the same prompts:
-    95% are below the widened quantile, within four standard errors of 100,000 simulations (0.28%).
-    """
-    draws, generator = 100_000, torch.Generator().manual_seed(0)
-    samples = torch.randn(draws, num_prompts, dimension, generator=generator, dtype=torch.float64)
-    means = samples.mean(1)
-    centered = samples - means.unsqueeze(1)
-    covariances = centered.mT @ centered / num_prompts**2  # of the means, as a bootstrap has them
-    distances = (means * torch.linalg.solve(covariances, means)).sum(-1)
-    quantile = chi2.ppf(0.95, dimension) * small_sample_factor(num_prompts, dimension, 0.95)
-    covered = (distances <= quantile).double().mean().item()
-    assert covered == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / draws))
-
-
-def test_widening_ends_with_many_prompts_and_never_ends_with_few():
-    assert small_sample_factor(100_000, 3, 0.95) == pytest.approx(1, abs=1e-4)
-    assert small_sample_factor(5, 4, 0.95) == small_sample_factor(2, 3, 0.95) == math.inf
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -328,7 +303,11 @@ def test_what_mixtures_reach_is_certified_on_some_prompts_as_on_these_alone():
     alone = certify(those, weights, sample.rewards[scored], mixture=MixtureTable(*columns))
     whole = certify(table, weights, sample.rewards)
     for name, value in vars(found).items():
-        expected = getattr(alone if name.startswith("mixture") else whole, name)
+        of_mixture = name.startswith(("mixture", "divergence"))
+        expected = getattr(alone if of_mixture else whole, name)
+        if expected is None:
+            assert value is None
+            continue
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(expected)), name
     assert found.mixture_duality_gap_error > 0 and len(found.mixture_rewards) == 3
 
