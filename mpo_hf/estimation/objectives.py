@@ -14,8 +14,11 @@ where \\(\pi_\lambda \propto \prod_k \pi_k^{\lambda_k}\\). With implicit rewards
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
+
+from .tables import log_product
 
 
 def effective_sample_size(log_weights: torch.Tensor) -> torch.Tensor:
@@ -60,7 +63,10 @@ def dual_objective(
 
 
 def implicit_dual_objective(
-    weights: torch.Tensor, policy_logps: torch.Tensor, proposal_logps: torch.Tensor
+    weights: torch.Tensor,
+    policy_logps: torch.Tensor,
+    proposal_logps: torch.Tensor,
+    objective_names: Sequence[str] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
     The dual objective with implicit rewards,
@@ -70,13 +76,37 @@ def implicit_dual_objective(
 
     Args:
         weights (`torch.Tensor`): mixture weights λ, shape `(K,)`.
-        policy_logps (`torch.Tensor`): \\(\log \pi_k(y_j)\\) of whole completions, shape `(P, m, K)`.
+        policy_logps (`torch.Tensor`): \\(\log \pi_k(y_j)\\) of whole completions, shape `(P, m, K)`, finite or -inf.
         proposal_logps (`torch.Tensor`): \\(\log q(y_j)\\), shape `(P, m)`.
+        objective_names (`Sequence[str]`, *optional*): names of the policies, for error messages.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: F̂, a scalar, and the log importance weights, shape `(P, m)`.
+
+    Raises:
+        `ValueError`: a log-probability is NaN, or the policies together exclude all completions of a prompt, whose mixture
+            is not known.
     """
-    log_weights = policy_logps @ weights - proposal_logps
+
+    def name(objective: int) -> str:
+        return f"objective {objective}" if objective_names is None else repr(objective_names[objective])
+
+    if policy_logps.isnan().any():
+        broken = int(policy_logps.isnan().flatten(0, -2).any(0).nonzero()[0])
+        raise ValueError(
+            f"The policy of {name(broken)} gives NaN as the log-probability of a completion. Check its weights and its "
+            "dtype, as float16 overflows."
+        )
+    excluded = policy_logps == -torch.inf
+    log_weights = log_product(policy_logps, weights, excluded if excluded.any() else None) - proposal_logps
+    empty = (log_weights == -torch.inf).all(-1)
+    if empty.any():
+        guilty = (excluded[empty][0].any(0) & (weights > 0)).nonzero().squeeze(-1).tolist()
+        raise ValueError(
+            f"No completion of a prompt has a probability above 0 under all policies: each is excluded by the policy of "
+            f"{' or '.join(map(name, guilty))}, and the mixture is not known there. Draw more completions (`num_generations`), draw "
+            'them from the mixture (`proposal="mixture"`), or leave out that policy or this prompt.'
+        )
     return _log_mean_exp(log_weights).mean(), log_weights
 
 
@@ -114,7 +144,8 @@ def on_policy_objective(
     with torch.no_grad():
         log_weights = pooled_logps - proposal_logps
         sample_weights = torch.softmax(log_weights, dim=-1)
-        kl = (sample_weights * (pooled_logps - reference_logps)).sum(-1) - _log_mean_exp(log_weights)
+        over_reference = (pooled_logps - reference_logps).masked_fill(sample_weights == 0, 0)  # inf * 0 would be NaN
+        kl = (sample_weights * over_reference).sum(-1) - _log_mean_exp(log_weights)
     expected_advantages = torch.einsum("pm,pmk->k", sample_weights, advantages) / len(advantages)
     return expected_advantages @ weights - kl.mean(), log_weights
 

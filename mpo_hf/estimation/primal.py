@@ -44,12 +44,17 @@ def primal_objective(
             Weights of the prompts, rows with sum 1, for B values at a time. Defaults to equal weights and one value.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`, or a scalar.
+        `torch.Tensor` of shape `(B,)`, or a scalar; -inf for a mixture whose divergence from the reference is infinite.
     """
     gains, divergence = table.measure(weights)
     if prompt_weights is None:
-        return welfare.value(gains.mean(0)) - divergence.mean()
-    return welfare.value(prompt_weights @ gains) - prompt_weights @ divergence
+        prompt_weights = divergence.new_full((len(divergence),), 1 / len(divergence))
+    infinite = divergence == torch.inf
+    if not infinite.any():
+        return welfare.value(prompt_weights @ gains) - prompt_weights @ divergence
+    value = welfare.value(prompt_weights @ gains.masked_fill(infinite.unsqueeze(-1), 0))  # where they may be NaN
+    value = value - prompt_weights @ divergence.masked_fill(infinite, 0)
+    return value.masked_fill(prompt_weights @ infinite.to(prompt_weights) > 0, -torch.inf)
 
 
 def maximize_primal(
@@ -61,7 +66,8 @@ def maximize_primal(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
     The weights on the simplex that maximize \\(\hat G\\). \\(\hat G\\) is not concave, and has kinks where the welfare
-    has: L-BFGS ascends from several starts, on a welfare whose kinks are smoothed (Nesterov, 2005) by less and less.
+    has: L-BFGS ascends from several starts, on a welfare whose kinks are smoothed (Nesterov, 2005) by less and less. It
+    jumps where the weight of a policy that excludes completions becomes 0: mixtures without such policies are tried, too.
 
     Args:
         table ([`MixtureTable`]): the completions.
@@ -72,13 +78,47 @@ def maximize_primal(
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: the maximizer, shape `(M,)`, and the maximum, the largest over the starts.
+
+    Raises:
+        `ValueError`: every mixture diverges infinitely from the reference on these completions.
     """
     num_prompts = int(table.prompt.max()) + 1
     if prompt_weights is None:
         prompt_weights = table.gains.new_full((num_prompts,), 1 / num_prompts)
-    found = [_ascend(table, welfare, start, prompt_weights, smoothing) for start in starts]
-    values = torch.stack([primal_objective(table, w, welfare, prompt_weights.unsqueeze(0))[0] for w in found])
-    return found[int(values.argmax())], values.max()
+    found, values = [], []
+    for members in table.faces():
+        part = table.of_components(members)
+        for start in starts:
+            weights = torch.zeros(len(start), dtype=torch.float64)
+            weights[members] = _ascend(part, welfare, _interior(start.double()[members]), prompt_weights, smoothing)
+            value = primal_objective(table, weights, welfare, prompt_weights.unsqueeze(0))[0]
+            if value > -torch.inf:
+                found.append(weights)
+                values.append(value)
+    if not found:
+        raise ValueError(_why_infinite(table))
+    best = torch.stack(values).argmax()
+    return found[best], values[best]
+
+
+def _interior(start: torch.Tensor) -> torch.Tensor:
+    """A point near `start` with the sum 1 and no weight of 0."""
+    start = start / start.sum() if start.sum() > 0 else torch.full_like(start, 1 / len(start))
+    return (1 - INTERIOR_SHARE) * start + INTERIOR_SHARE / len(start)
+
+
+def _why_infinite(table: MixtureTable) -> str:
+    rows = (table.reference_log_ratios == -torch.inf).nonzero().squeeze(-1).tolist()
+    advice = (
+        f"The reference gives {len(rows)} of the completions the probability 0, the first of them in row {rows[0]}. Use the "
+        "reference that the policies were aligned from, or draw the completions from it"
+        if rows
+        else "Each set of policies excludes all completions of some prompt. Draw more of them, or draw them from the mixture"
+    )
+    return (
+        f"On these completions, every mixture of the policies has an infinite divergence from the reference. {advice} "
+        '(`proposal`), or use `objective="reward"`, which depends on the rewards only.'
+    )
 
 
 def _ascend(
@@ -88,7 +128,9 @@ def _ascend(
     prompt_weights: torch.Tensor,
     smoothing: Sequence[float],
 ) -> torch.Tensor:
-    logits = ((1 - INTERIOR_SHARE) * start.double() + INTERIOR_SHARE / len(start)).log().requires_grad_()
+    if not primal_objective(table, start, welfare, prompt_weights.unsqueeze(0)) > -torch.inf:
+        return start  # and so it is for all others: they exclude the same completions
+    logits = start.log().requires_grad_()
     center = welfare.start(table.gains.shape[-1])
 
     def negative(scale: float) -> torch.Tensor:

@@ -11,9 +11,15 @@ where \\(a_{jk} = P(r_k)(x, y_j)/\beta\\) and \\(b_j\\) is the logarithm of a se
 rewards of mixtures of the given policies depend on.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+
+# The largest advantage or gain: second derivatives contain its square, whose sum over the rows must not overflow.
+LARGEST_ADVANTAGE = 1e100
 
 
 @dataclass
@@ -21,28 +27,57 @@ class DualTable:
     r"""
     The dual objective of a table of N completions of P prompts.
 
+    A policy may give a completion the probability 0. With implicit rewards, its advantage is then -inf: such a
+    completion has no share while the weight of this policy is above 0. A weight of 0 removes the policy entirely, as it
+    does in a mixture, so that F̂ may jump there; see [`~DualTable.closed`].
+
     Args:
         prompt (`torch.LongTensor` of shape `(N,)`): index of the prompt of every row, 0 to P - 1.
-        offsets (`torch.Tensor` of shape `(N,)`): \\(b_j\\), float64.
-        advantages (`torch.Tensor` of shape `(N, K)`): \\(a_{jk}\\), float64.
+        offsets (`torch.Tensor` of shape `(N,)`): \\(b_j\\), float64; -inf for a row without any share.
+        advantages (`torch.Tensor` of shape `(N, K)`): \\(a_{jk}\\), float64, or -inf.
+        objective_names (`Sequence[str]`, *optional*): names of the objectives, for error messages.
+        excluding (`torch.BoolTensor` of shape `(K,)`, *optional*):
+            For a table without the completions that some policies exclude: these policies, whose weights must not be 0.
 
     Raises:
-        `ValueError`: the table is empty, or has a NaN or a positive infinity.
+        `ValueError`: the table is empty, a prompt has no completion with a share, or a number is NaN, positive infinity
+            or above 1e100.
     """
 
     prompt: torch.Tensor
     offsets: torch.Tensor
     advantages: torch.Tensor
+    objective_names: Sequence[str] | None = None
+    excluding: torch.Tensor | None = None
 
     def __post_init__(self):
         if len(self.prompt) == 0:
             raise ValueError("A table needs at least one completion, got none.")
-        for name in ("offsets", "advantages"):
-            if torch.isnan(getattr(self, name)).any() or (getattr(self, name) == torch.inf).any():
-                raise ValueError(
-                    f"`{name}` contains NaN or infinity. Check the log-probabilities and rewards for values that "
-                    "are not finite."
-                )
+        bad = self.offsets.isnan() | (self.offsets == torch.inf)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(
+                f"`offsets` contains NaN or infinity: {self.offsets[row].item()} in row {row}, of prompt "
+                f"{self.prompt[row].item()}. The log-probability of a completion under the proposal that drew it must be "
+                "a finite number, and the reference must give some completion of each prompt a probability above 0."
+            )
+        bad = ~(self.advantages.abs() < LARGEST_ADVANTAGE) & (self.advantages != -torch.inf)
+        if bad.any():
+            row, k = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"`advantages` of {self.name(k)} contains {self.advantages[row, k].item()} in row {row}, which is NaN, "
+                "infinite or too large. Check the log-probabilities and rewards for values that are not finite. Rewards "
+                "over β must be finite, too: rescale the reward, or raise `beta`."
+            )
+        counts = torch.bincount(self.prompt[self.offsets > -torch.inf], minlength=self.num_prompts)
+        if (counts == 0).any():
+            raise ValueError(
+                f"The prompt {int((counts == 0).nonzero()[0])} has no completion with a probability above 0. Prompts are "
+                "numbered from 0 without a gap, and each needs such a completion: draw more of them, or leave the prompt "
+                "out."
+            )
+        excluded = self.advantages == -torch.inf
+        self._excluded = excluded if excluded.any() else None
 
     @property
     def num_prompts(self) -> int:
@@ -63,9 +98,49 @@ class DualTable:
             `tuple[torch.Tensor, torch.Tensor]`: the terms, shape `(P, B)`, and the shares, shape `(N, B)`, which sum
                 to 1 over each prompt.
         """
-        exponents = self.offsets.unsqueeze(-1) + self.advantages @ weights.T
+        exponents = self.offsets.unsqueeze(-1) + log_product(self.advantages, weights, self._excluded)
         values = segment_logsumexp(exponents, self.prompt, self.num_prompts)
-        return values, (exponents - values[self.prompt]).exp_()
+        # -inf for a prompt whose completions are all excluded: they have no shares then, rather than NaN
+        finite = values.clamp(min=torch.finfo(values.dtype).min)
+        return values, (exponents - finite[self.prompt]).exp_()
+
+    def name(self, objective: int) -> str:
+        """What error messages call an objective."""
+        return f"objective {objective}" if self.objective_names is None else repr(self.objective_names[objective])
+
+    def closed(self, can_have_weight: torch.Tensor) -> "DualTable":
+        r"""
+        The table whose F̂ is the limit of this one's from within the set of weights: without the completions that some
+        policy excludes. It differs where the weight of such a policy is 0. It is continuous, convex and nowhere above,
+        and its minimum is the infimum of this table's F̂.
+
+        Args:
+            can_have_weight (`torch.BoolTensor` of shape `(K,)`): which weights are not 0 throughout.
+
+        Raises:
+            `ValueError`: no completion of a prompt has a probability above 0 under all policies.
+        """
+        if self._excluded is None:
+            return self
+        out = (self._excluded & can_have_weight).any(-1)
+        offsets = self.offsets.masked_fill(out, -torch.inf)
+        left = torch.bincount(self.prompt[offsets > -torch.inf], minlength=self.num_prompts)
+        if (left == 0).any():
+            self._refuse_empty(int((left == 0).nonzero()[0]), int((left == 0).sum()), can_have_weight)
+        excluding = self._excluded.any(0) & can_have_weight
+        advantages = self.advantages.masked_fill(self._excluded, 0)
+        return DualTable(self.prompt, offsets, advantages, self.objective_names, excluding)
+
+    def _refuse_empty(self, prompt: int, count: int, can_have_weight: torch.Tensor) -> None:
+        assert self._excluded is not None
+        rows = self.prompt == prompt
+        guilty = (self._excluded[rows].any(0) & can_have_weight).nonzero().squeeze(-1).tolist()
+        raise ValueError(
+            f"No completion of prompt {prompt} has a probability above 0 under all policies{f', as of {count} prompts' * (count > 1)}: "
+            f"each of its {int(rows.sum())} is excluded by the policy of {' or '.join(map(self.name, guilty))}, and the "
+            'mixture is not known there. Draw more completions, draw them from the mixture (`proposal="mixture"`), or '
+            "leave out that policy or this prompt."
+        )
 
     def part(self, rows: torch.Tensor, prompt: torch.Tensor) -> "DualTable":
         """
@@ -75,7 +150,7 @@ class DualTable:
             rows (`torch.LongTensor` of shape `(n,)`): all rows of these prompts.
             prompt (`torch.LongTensor` of shape `(n,)`): the new index of the prompt of each of these rows, from 0 on.
         """
-        return DualTable(prompt, self.offsets[rows], self.advantages[rows])
+        return DualTable(prompt, self.offsets[rows], self.advantages[rows], self.objective_names, self.excluding)
 
     def effective_sample_fractions(self, weights: torch.Tensor) -> torch.Tensor:
         """Effective sample size of every prompt, as a fraction of its completions, shape `(P,)`."""
@@ -88,6 +163,10 @@ class MixtureTable:
     r"""
     N completions of P prompts, with the numbers that their importance weights under any mixture depend on.
 
+    Log-ratios may be -inf: a component with a weight other than 0 that gives a completion the probability 0 excludes it.
+    The divergence from a reference that excludes a completion of the mixture is infinite, and so is that of a mixture
+    that excludes all completions of a prompt, whose expected gains are NaN.
+
     Args:
         prompt (`torch.LongTensor` of shape `(N,)`): index of the prompt of every row, 0 to P - 1.
         gains (`torch.Tensor` of shape `(N, K)`): \\((r_k(x, y_j) - d_k)/\beta\\).
@@ -96,6 +175,9 @@ class MixtureTable:
         rows (`torch.LongTensor` of shape `(N,)`, *optional*):
             Indices of these rows in the table of the dual objective, where that table has further prompts whose
             completions are not scored under the policies. Defaults to all of its rows.
+
+    Raises:
+        `ValueError`: a number is NaN or positive infinity, or a gain is not finite.
     """
 
     prompt: torch.Tensor
@@ -103,6 +185,20 @@ class MixtureTable:
     policy_log_ratios: torch.Tensor
     reference_log_ratios: torch.Tensor
     rows: torch.Tensor | None = None
+
+    def __post_init__(self):
+        for name in ("gains", "policy_log_ratios", "reference_log_ratios"):
+            values = getattr(self, name)
+            bad = values.isnan() | (values == torch.inf) | ((values == -torch.inf) & (name == "gains"))
+            if bad.any():
+                at = bad.nonzero()[0].tolist()
+                raise ValueError(
+                    f"`{name}` contains {values[tuple(at)].item()} in row {at[0]}. Check the log-probabilities and "
+                    "rewards for values that are not finite."
+                )
+        excluded = self.policy_log_ratios == -torch.inf
+        self._excluded = excluded if excluded.any() else None
+        self._has_zeros = self._excluded is not None or bool((self.reference_log_ratios == -torch.inf).any())
 
     def shares(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         r"""
@@ -116,14 +212,44 @@ class MixtureTable:
                 prompt, and \\(\mathrm{KL}(\pi_\lambda \| \pi_{ref})\\) by prompt, shape `(P,)`.
         """
         counts = torch.bincount(self.prompt)
-        ratios = (self.policy_log_ratios @ weights).unsqueeze(-1)
+        ratios = log_product(self.policy_log_ratios, weights, self._excluded).unsqueeze(-1)
         log_sums = segment_logsumexp(ratios, self.prompt, len(counts))
         shares = (ratios - log_sums[self.prompt]).exp()
-        divergence = sums_by_prompt(
-            self.prompt, shares * (ratios - self.reference_log_ratios.unsqueeze(-1)), len(counts)
+        over_reference = ratios - self.reference_log_ratios.unsqueeze(-1)
+        if self._has_zeros:  # 0 * inf would be NaN
+            over_reference = over_reference.masked_fill(shares == 0, 0)
+        divergence = sums_by_prompt(self.prompt, shares * over_reference, len(counts))
+        divergence = divergence - (log_sums - counts.to(ratios).log().unsqueeze(-1))
+        if self._has_zeros:
+            divergence = divergence.masked_fill(self._is_undefined(weights, log_sums), torch.inf)
+        return shares.squeeze(-1), divergence.squeeze(-1)
+
+    def _is_undefined(self, weights: torch.Tensor, log_sums: torch.Tensor) -> torch.Tensor:
+        """Prompts of which a mixture excludes all completions, or gives one an infinite weight: shape `(P, 1)`."""
+        undefined = log_sums == -torch.inf
+        if self._excluded is not None:  # a negative power of 0
+            infinite = (self._excluded & (weights < 0)).any(-1) & ~(self._excluded & (weights > 0)).any(-1)
+            undefined[self.prompt[infinite]] = True
+        return undefined
+
+    def faces(self) -> list[list[int]]:
+        """
+        Sets of components, all together first. Within each, no mixture whose weights are above 0 excludes other completions
+        than another.
+        """
+        members = range(self.policy_log_ratios.shape[-1])
+        excluding = [] if self._excluded is None else self._excluded.any(0).nonzero().squeeze(-1).tolist()
+        left_out = itertools.chain.from_iterable(
+            itertools.combinations(excluding, count) for count in range(len(excluding) + 1)
         )
-        log_normalizers = log_sums - counts.to(ratios).log().unsqueeze(-1)
-        return shares.squeeze(-1), (divergence - log_normalizers).squeeze(-1)
+        return [[i for i in members if i not in out] for out in left_out if len(out) < len(members)]
+
+    def of_components(self, members: list[int]) -> "MixtureTable":
+        """The table of the mixtures of some components."""
+        if len(members) == self.policy_log_ratios.shape[-1]:
+            return self
+        ratios = self.policy_log_ratios[:, members]
+        return MixtureTable(self.prompt, self.gains, ratios, self.reference_log_ratios, self.rows)
 
     def measure(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Expected gains of a mixture by prompt, shape `(P, K)`, and its divergence from the reference, `(P,)`."""
@@ -145,6 +271,7 @@ def reward_table(
     reference_logps: torch.Tensor,
     proposal_logps: torch.Tensor,
     normalize: bool = True,
+    objective_names: Sequence[str] | None = None,
 ) -> DualTable:
     r"""
     The table of the dual objective with rewards, \\(E_x \log E_{y \sim \pi_{ref}} \exp(\sum_k \lambda_k a_k)\\).
@@ -157,14 +284,20 @@ def reward_table(
         normalize (`bool`, *optional*, defaults to `True`):
             Whether to apply the paper's P: an advantage is then relative to what the optimal policy of its objective
             attains.
+        objective_names (`Sequence[str]`, *optional*): names of the objectives, for error messages.
     """
     offsets = log_shares(prompt, reference_logps - proposal_logps)
     if normalize:
         advantages = normalize_by_prompt(advantages, offsets, prompt, int(prompt.max()) + 1)
-    return DualTable(prompt, offsets, advantages)
+    return DualTable(prompt, offsets, advantages, objective_names)
 
 
-def implicit_table(prompt: torch.Tensor, policy_logps: torch.Tensor, proposal_logps: torch.Tensor) -> DualTable:
+def implicit_table(
+    prompt: torch.Tensor,
+    policy_logps: torch.Tensor,
+    proposal_logps: torch.Tensor,
+    objective_names: Sequence[str] | None = None,
+) -> DualTable:
     r"""
     The table of the dual objective with implicit rewards,
     \\(E_x \log E_{y \sim q} \prod_k \pi_k(y)^{\lambda_k}/q(y)\\).
@@ -173,9 +306,10 @@ def implicit_table(prompt: torch.Tensor, policy_logps: torch.Tensor, proposal_lo
         prompt (`torch.LongTensor` of shape `(N,)`): index of the prompt of every row.
         policy_logps (`torch.Tensor` of shape `(N, K)`): \\(\log \pi_k(y_j)\\).
         proposal_logps (`torch.Tensor` of shape `(N,)`): \\(\log q(y_j)\\); see [`balance_heuristic`].
+        objective_names (`Sequence[str]`, *optional*): names of the objectives, for error messages.
     """
     counts = torch.bincount(prompt).to(proposal_logps)
-    return DualTable(prompt, -proposal_logps - counts.log()[prompt], policy_logps)
+    return DualTable(prompt, -proposal_logps - counts.log()[prompt], policy_logps, objective_names)
 
 
 def balance_heuristic(prompt: torch.Tensor, proposal: torch.Tensor, proposal_logps: torch.Tensor) -> torch.Tensor:
@@ -222,6 +356,27 @@ def normalize_by_prompt(
     return rewards - beta * values[prompt]
 
 
+def log_product(logps: torch.Tensor, weights: torch.Tensor, excluded: torch.Tensor | None = None) -> torch.Tensor:
+    r"""
+    Logarithms of weighted products, \\(\sum_k \lambda_k \log \pi_k\\), differentiable in the weights. A weight of 0 removes
+    its factor entirely, also one of 0; a factor of 0 with another weight gives -inf.
+
+    Args:
+        logps (`torch.Tensor` of shape `(..., K)`): the logarithms, finite or -inf.
+        weights (`torch.Tensor` of shape `(K,)` or `(B, K)`): one vector of weights, or several.
+        excluded (`torch.BoolTensor` of shape `(..., K)`, *optional*):
+            Where they are -inf; `None` for nowhere.
+
+    Returns:
+        `torch.Tensor` of shape `(...)` or `(..., B)`.
+    """
+    columns = weights if weights.ndim == 1 else weights.mT
+    if excluded is None:
+        return logps @ columns
+    product = logps.masked_fill(excluded, 0) @ columns
+    return product.masked_fill((excluded.to(columns) @ (columns != 0).to(columns)) > 0, -torch.inf)
+
+
 # ---- sums by prompt ----
 
 
@@ -234,8 +389,20 @@ def log_shares(prompt: torch.Tensor, log_ratios: torch.Tensor) -> torch.Tensor:
     """
     Log importance weights of shape `(N,)` with sum 1 over each prompt, from log-ratios that are known up to a constant
     of each prompt.
+
+    Raises:
+        `ValueError`: a log-ratio is NaN or positive infinity, or all those of a prompt are -inf.
     """
     sums = segment_logsumexp(log_ratios.unsqueeze(-1), prompt, int(prompt.max()) + 1)
+    bad = ~sums.isfinite().squeeze(-1)
+    if bad.any():
+        of_prompt = log_ratios[prompt == int(bad.nonzero()[0])].tolist()
+        raise ValueError(
+            f"The completions of prompt {int(bad.nonzero()[0])} have no importance weights: the log-probability under the "
+            f"reference less that under the proposal is {of_prompt[:3]}{'...' if len(of_prompt) > 3 else ''}. The proposal "
+            "must give each completion that it drew a probability above 0, and the reference at least one completion of "
+            "each prompt. Correct the log-probabilities, draw more completions, or leave the prompt out."
+        )
     return log_ratios - sums.squeeze(-1)[prompt]
 
 

@@ -51,15 +51,32 @@ TINY = 1e-300
 SUM_TOLERANCE = 1e-6
 
 
+class InfeasibleError(ValueError):
+    """
+    No policy has the gains that a welfare function requires.
+
+    Attributes:
+        objectives (`list[int]`): the objectives that cannot all gain at once.
+    """
+
+    def __init__(self, message: str, objectives: Sequence[int]):
+        super().__init__(message)
+        self.objectives = list(objectives)
+
+
 class Welfare(ABC):
     """
     A welfare function U and its set Λ of weights.
 
     Attributes:
         on_simplex (`bool`): whether all of Λ lies within the simplex.
+        needs_positive_gains (`bool`):
+            Whether U is defined for positive gains only. Λ is then unbounded, and F̂ has a minimum if and only if some
+            policy has positive gains for all objectives.
     """
 
     on_simplex = True
+    needs_positive_gains = False
 
     @abstractmethod
     def value(self, gains: torch.Tensor) -> torch.Tensor:
@@ -68,6 +85,10 @@ class Welfare(ABC):
     @abstractmethod
     def start(self, num_objectives: int) -> torch.Tensor:
         """A point of Λ, shape `(K,)`, float64."""
+
+    def can_have_weight(self, num_objectives: int) -> torch.Tensor:
+        """Which objectives have a weight above 0 anywhere in Λ, shape `(K,)`, bool."""
+        return torch.ones(num_objectives, dtype=torch.bool)
 
     @abstractmethod
     def quadratic_minimum(self, weights: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
@@ -95,6 +116,9 @@ class Polyhedral(Welfare):
     @abstractmethod
     def limits(self, num_objectives: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Upper limits of the weights, and which weights have the sum 1: `(K,)` each. All weights are at least 0."""
+
+    def can_have_weight(self, num_objectives: int) -> torch.Tensor:
+        return self.limits(num_objectives)[0] > 0
 
     def project(self, points: torch.Tensor) -> torch.Tensor:
         """The nearest points of Λ, shape `(..., K)`."""
@@ -223,6 +247,7 @@ class AlphaFair(Welfare):
     """
 
     on_simplex = False
+    needs_positive_gains = True
 
     def __init__(self, alpha: float, weights: Sequence[float]):
         if not 0 < alpha < math.inf:
@@ -333,7 +358,7 @@ def project_to_simplex(points: torch.Tensor, caps: torch.Tensor | None = None) -
 
 def _distribution(weights: Sequence[float]) -> torch.Tensor:
     given = torch.as_tensor(weights, dtype=torch.float64)
-    if given.ndim != 1 or (given < 0).any() or abs(given.sum().item() - 1) > SUM_TOLERANCE:
+    if given.ndim != 1 or not (given >= 0).all() or not abs(given.sum().item() - 1) <= SUM_TOLERANCE:
         raise ValueError(f"Weights of objectives must be at least 0, with sum 1, got {given.tolist()}.")
     return given / given.sum()
 

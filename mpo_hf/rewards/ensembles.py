@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from .functions import RewardFunction, make_reward_functions
+from .functions import RewardFunction, make_reward_functions, validate_rewards
 from .loading import Text
 
 
@@ -96,7 +96,7 @@ class RewardEnsemble(RewardFunction):
         rewards = torch.stack([member(prompts, completions, **columns) for member in self.members], dim=-1)
         self.metrics = {member.name: values for member, values in zip(self.members, rewards.unbind(-1))}
         self.metrics["disagreement"] = rewards.std(-1, correction=0)
-        return aggregate_rewards(rewards, self.aggregation, self.coefficient)
+        return validate_rewards(self.name, aggregate_rewards(rewards, self.aggregation, self.coefficient), completions)
 
     def to(self, device: torch.device | str) -> "RewardEnsemble":
         """Moves the members' models."""

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -285,10 +285,53 @@ def validate_rewards(name: str, rewards: Any, completions: list[Text]) -> torch.
     for index, value in enumerate(values):
         if getattr(value, "shape", None) == ():
             values[index] = value = value.item()
-        if not isinstance(value, Real) or not math.isfinite(value):
+        values[index] = finite_number(value)
+        if values[index] is None:
             raise ValueError(
                 f"The reward function {name!r} returned {_shorten(value)} for completion {index}, but every objective "
-                f"needs a finite number for every completion. The completion: {_shorten(completions[index])}"
+                "needs a finite number for every completion. Return the reward that such a completion deserves, such as "
+                f"the lowest one. The completion: {_shorten(completions[index])}"
+            )
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def finite_number(value: Any) -> float | None:
+    """A reward as a `float`; `None` for what is not a finite number, or does not fit into a `float`."""
+    try:
+        return float(value) if isinstance(value, Real) and math.isfinite(value) else None
+    except OverflowError:  # of an int or a fraction
+        return None
+
+
+def given_rewards(rows: Sequence[Sequence[float]], ids: Sequence[int], names: Sequence[str]) -> torch.Tensor:
+    """
+    Rewards from a table of completions, checked as those of functions are.
+
+    Args:
+        rows (`Sequence[Sequence[float]]`): the rewards of every completion.
+        ids (`Sequence[int]`): the id of every completion, for the message.
+        names (`Sequence[str]`): names of the K objectives.
+
+    Returns:
+        `torch.Tensor` of shape `(N, K)`, float64.
+
+    Raises:
+        `ValueError`: for anything but K finite numbers for every completion, with the row and the objective.
+    """
+    advice = "Correct the table, leave the row out, or pass `reward_funcs` to compute all rewards anew."
+    values = []
+    for row, at in zip(rows, ids):
+        if isinstance(row, (str, Mapping)) or not isinstance(row, Iterable) or len(list(row)) != len(names):
+            raise ValueError(
+                f"Row {at} of the rollouts has the rewards {_shorten(row)}, but there must be one number for each of "
+                f"{list(names)}. {advice}"
+            )
+        values.append([finite_number(value) for value in row])
+        if None in values[-1]:
+            k = values[-1].index(None)
+            raise ValueError(
+                f"Row {at} of the rollouts has the reward {_shorten(row[k])} for {names[k]!r}, but every objective needs a "
+                f"finite number for every completion. {advice}"
             )
     return torch.tensor(values, dtype=torch.float64)
 
@@ -365,7 +408,10 @@ def _event_loop(pid: int) -> asyncio.AbstractEventLoop:
 
 
 def _shorten(value: Any, limit: int = 200) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print an int of more than 4,300 digits
+        text = f"a number of type {type(value).__name__} that is too large to be printed"
     return text if len(text) <= limit else text[:limit] + "..."
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mpo_hf.estimation.reward_scales import SCALES, RewardScale, win_rates
+from mpo_hf.estimation.reward_scales import SCALES, RewardScale, distinguishes, win_rates
 from mpo_hf.rewards import normalize_rewards
 
 
@@ -43,14 +43,35 @@ def shares_of(log_ratios: torch.Tensor) -> list[float]:
     return [math.exp(log_ratios[j]) / sums[PROMPT[j]] for j in range(10)]
 
 
+# "gain" takes the expected rewards of the reference and of each policy, which it is given
+MEANS = {"reference_means": torch.tensor([0.1, -0.3]).double(), "policy_means": torch.tensor([0.6, 1.1]).double()}
+
+
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", [scale for scale in SCALES if scale != "gain"])
 def test_gains_are_those_of_a_loop(scale, seed):
     rewards, log_ratios = draw(seed)
     gains = RewardScale(scale, BETA)(rewards, PROMPT, log_ratios + 5.0 * PROMPT)  # constants of prompts drop out
     shares = shares_of(log_ratios)
     expected = [[by_loop(scale, rewards.tolist(), shares, k, j) for k in range(2)] for j in range(10)]
     torch.testing.assert_close(gains, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_gains_are_in_units_of_what_each_own_policy_gains():
+    rewards, log_ratios = draw()
+    gains = RewardScale("gain", BETA, **MEANS)(rewards, PROMPT, log_ratios)
+    for k in range(2):
+        reference, policy = (MEANS[name][k] for name in ("reference_means", "policy_means"))
+        torch.testing.assert_close(gains[:, k], (rewards[:, k] - reference) / (policy - reference))
+    with pytest.raises(ValueError, match='"gain" needs the expected rewards'):
+        RewardScale("gain", BETA)(rewards, PROMPT, log_ratios)
+
+
+def test_known_rewards_of_the_reference_take_the_place_of_estimates_by_prompt():
+    rewards, log_ratios = draw()
+    known = {"reference_means": MEANS["reference_means"]}
+    gains = RewardScale("reference", BETA, **known)(rewards, PROMPT, log_ratios)
+    torch.testing.assert_close(gains, rewards - MEANS["reference_means"])
 
 
 @pytest.mark.parametrize("scale", ["none", "reference", "z_score", "win_rate"])
@@ -85,8 +106,54 @@ def test_win_rates_do_not_depend_on_the_scale():
     torch.testing.assert_close(of_reference, torch.full_like(of_reference, 0.5))
 
 
-def test_rewards_that_are_all_equal_have_no_z_score():
+@pytest.mark.parametrize("noise", [0.0, 1.4e-17, 1e-8])
+@pytest.mark.parametrize("names, told", [(None, "objective 1"), (["kind", "safe"], "'safe'")])
+def test_rewards_that_are_all_equal_have_no_z_score(noise, names, told):
+    """Also those that differ by rounding errors of float64 or float32, or where the reference never is."""
     rewards, log_ratios = draw()
-    rewards[:, 1] = 0.5
-    with pytest.raises(ValueError, match="objective 1 are all 0.5"):
-        RewardScale("z_score", BETA)(rewards, PROMPT, log_ratios)
+    rewards[:, 1] = 0.1
+    rewards[3, 1] += noise
+    scale = RewardScale("z_score", BETA, objective_names=names)
+    with pytest.raises(ValueError, match=f"rewards of {told} are all 0.1, .* Use another `normalize_rewards`"):
+        scale(rewards, PROMPT, log_ratios)
+    rewards[7, 1], log_ratios[7] = 5.0, -math.inf
+    with pytest.raises(ValueError, match=f"rewards of {told} are all 0.1"):
+        scale(rewards, PROMPT, log_ratios)
+
+
+@pytest.mark.parametrize("size", [1e-17, 1.0, 1e150])
+def test_z_scores_do_not_depend_on_the_unit(size):
+    rewards, log_ratios = draw()
+    expected = RewardScale("z_score", BETA)(rewards, PROMPT, log_ratios)
+    torch.testing.assert_close(RewardScale("z_score", BETA)(rewards * size, PROMPT, log_ratios), expected)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.4e-17, 1e-9])
+@pytest.mark.parametrize("scale", SCALES)
+def test_rewards_that_are_equal_up_to_rounding_errors_are_equal(scale, noise):
+    """Of one objective in all prompts, of the other in one prompt; what the reference excludes does not matter."""
+    rewards, log_ratios = draw()
+    rewards[:, 1] = 0.1 + PROMPT.double()
+    rewards[PROMPT == 2, 0] = 0.1
+    exact = rewards.clone()
+    log_ratios[7] = -math.inf
+    rewards[7, 1] = exact[7, 1] = 9.0
+    rewards[[4, 8], 0] += noise
+    rewards[[0, 5, 4], 1] += noise
+    assert distinguishes(rewards, PROMPT, log_ratios).tolist() == [True, False]
+    means = MEANS if scale == "gain" else {}
+    gains = RewardScale(scale, BETA, **means)(rewards, PROMPT, log_ratios)
+    kept = log_ratios > -math.inf
+    torch.testing.assert_close(
+        gains[kept], RewardScale(scale, BETA, **means)(exact, PROMPT, log_ratios)[kept], atol=1e-8, rtol=0
+    )
+    if scale in ("optimal", "regret", "reference"):
+        assert (gains[kept, 1] == 0).all() and (gains[PROMPT == 2, 0] == 0).all()
+    if scale == "win_rate":
+        torch.testing.assert_close(gains[kept, 1], torch.full((9,), 0.5, dtype=torch.float64))
+
+
+def test_rewards_that_differ_a_little_are_not_equal():
+    rewards, log_ratios = torch.tensor([[1e6, 1e-20], [1e6 + 1, 0.0]], dtype=torch.float64), torch.zeros(2).double()
+    assert distinguishes(rewards, torch.tensor([0, 0]), log_ratios).tolist() == [True, True]
+    assert distinguishes(rewards, torch.tensor([0, 1]), log_ratios).tolist() == [False, False]  # one completion each

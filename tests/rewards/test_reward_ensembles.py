@@ -117,6 +117,8 @@ class TestMembers:
             RewardEnsemble([length, broken], label="helpful")(["a"], ["b"])
         with pytest.raises(ValueError, match="'Constant' returned nan for completion 0"):
             RewardEnsemble([length, Constant(math.nan)], "worst_case")(["a"], ["b"])
+        with pytest.raises(ValueError, match="'large' returned inf for completion 0"):  # members that are finite
+            RewardEnsemble([Constant(1.5e308), Constant(1.6e308)], label="large")(["a"], ["b"])
         short = RewardModelSpec(make_model(), processing_class=make_tokenizer(), label="small", max_length=1)
         with pytest.raises(ValueError, match="'small' takes 1 to 1 tokens"):
             RewardEnsemble([short, length])(PROMPTS, COMPLETIONS)

@@ -4,6 +4,7 @@ import functools
 import math
 import shutil
 import types
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -174,10 +175,30 @@ class TestCallables:
 class TestValidation:
     @pytest.mark.parametrize(
         "bad",
-        [None, math.nan, math.inf, -math.inf, "1.0", [1.0], 1j, np.float32("nan"), torch.tensor(math.inf), object()],
+        [
+            *[
+                None,
+                math.nan,
+                math.inf,
+                -math.inf,
+                "1.0",
+                [1.0],
+                1j,
+                np.float32("nan"),
+                torch.tensor(math.inf),
+                object(),
+            ],
+            *[
+                10**400,
+                -(10**400),
+                10**5000,
+                Fraction(10**400),
+            ],  # too large for a float; Python does not print the third
+        ],
+        ids=lambda bad: type(bad).__name__,
     )
     def test_bad_value(self, bad):
-        with pytest.raises(ValueError, match="'kind' returned .* for completion 1, .*'second'"):
+        with pytest.raises(ValueError, match="'kind' returned .* for completion 1, .* Return the reward .*'second'"):
             validate_rewards("kind", [0.0, bad], ["first", "second"])
 
     @pytest.mark.parametrize("bad", [np.array([0.0, math.nan]), torch.tensor([0.0, math.nan])])
@@ -207,6 +228,7 @@ class TestValidation:
     def test_good_values(self):
         values = [True, 2, np.float16(0.5), np.int64(3), torch.tensor(1.5), np.bool_(True)]
         assert validate_rewards("kind", values, [""] * 6).tolist() == [1.0, 2.0, 0.5, 3.0, 1.5, 1.0]
+        assert validate_rewards("kind", [Fraction(1, 4), 10**30], [""] * 2).tolist() == [0.25, 1e30]
         half = torch.tensor([0.5, 1.0], dtype=torch.bfloat16, requires_grad=True)
         assert validate_rewards("kind", half, [""] * 2).tolist() == [0.5, 1.0]
 
