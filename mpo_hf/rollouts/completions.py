@@ -32,6 +32,9 @@ class Completions:
             has not run all components.
         reference_logps (`torch.Tensor` of shape `(N,)`, *optional*):
             Log-probability of whole completions under the reference policy, if known.
+        normalizers (`torch.Tensor` of shape `(N, E)`, *optional*):
+            \\(\\sum_t \\log Z_t\\) of whole completions to second order in the mixture weights; see
+            [`~mpo_hf.estimation.LogNormalizer`], which unpacks it. NaN where it is unknown.
     """
 
     prompt_ids: torch.Tensor
@@ -42,6 +45,7 @@ class Completions:
     proposal_logps: torch.Tensor
     policy_logps: torch.Tensor | None = None
     reference_logps: torch.Tensor | None = None
+    normalizers: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.completion_ids)

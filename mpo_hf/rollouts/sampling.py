@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor
 from ..mixture.compat import CACHE_NAME
 from ..mixture.modeling_mixture import MixturePolicyModel
 from .completions import Completions, pad_ids
+from .normalizers import NormalizerSums
 from .scoring import read_prompts, sum_over_tokens, token_logps
 
 
@@ -21,8 +22,13 @@ class _LogpsRecorder(LogitsProcessor):
     step; the last token is passed to [`~_LogpsRecorder.finish`].
     """
 
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature
+    def __init__(
+        self,
+        temperature: float,
+        normalizers: NormalizerSums | None = None,
+        on_token: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
+        self.temperature, self._normalizers, self.on_token = temperature, normalizers, on_token
         self._scores: torch.Tensor | None = None
         # logits of components: those of the step being computed, and those that the next token is drawn from
         self._seen: dict[int, torch.Tensor] = {}
@@ -51,6 +57,10 @@ class _LogpsRecorder(LogitsProcessor):
         self._pooled.append(self._scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1))
         self._proposal.append(token_logps([self._scores / self.temperature], tokens))
         self._by_component.append({k: token_logps([logits], tokens) for k, logits in self._components.items()})
+        if self._normalizers is not None:
+            self._normalizers.add(self._components, self._scores / self.temperature)
+        if self.on_token is not None:
+            self.on_token(tokens)
 
     def finish(self, sequences: torch.Tensor, mask: torch.Tensor, count: int) -> dict[str, torch.Tensor]:
         """
@@ -66,6 +76,9 @@ class _LogpsRecorder(LogitsProcessor):
         if all(len(step) == count for step in self._by_component):
             by_component = [_sum([step[k] for step in self._by_component], mask) for k in range(count)]
             sums["policy_logps"] = torch.stack(by_component, dim=-1)
+        if self._normalizers is not None:
+            pooled = sums["pooled_logps"] / self.temperature
+            sums["normalizers"] = self._normalizers.sums(mask, pooled, sums["proposal_logps"])
         return sums
 
 
@@ -104,6 +117,8 @@ def sample_completions(
     eos_token_id: int | Sequence[int] | None = None,
     temperature: float = 1.0,
     mixture_weights: torch.Tensor | None = None,
+    with_normalizers: bool = False,
+    on_token: Callable[[torch.Tensor], None] | None = None,
 ) -> Completions:
     """
     Draws completions by plain multinomial sampling, without top-k, top-p or penalties. The model's own generation config is
@@ -118,7 +133,14 @@ def sample_completions(
         eos_token_id (`int` or `Sequence[int]`, *optional*): token ids that end a completion.
         temperature (`float`, *optional*, defaults to 1.0): sampling temperature.
         mixture_weights (`torch.Tensor` of shape `(K,)` or `(P, K)`, *optional*):
-            Weights to use instead of the policy's own, the same for all prompts or one row for each.
+            Weights to use instead of the policy's own, the same for all prompts or one row for each. With N = P * m
+            rows, one for each completion.
+        with_normalizers (`bool`, *optional*, defaults to `False`):
+            Whether to record the `normalizers` of the completions, from which their log-probabilities under nearby
+            mixture weights follow; see [`~mpo_hf.estimation.LogNormalizer`].
+        on_token (`Callable`, *optional*):
+            Called with every token of the completions, shape `(N,)`, for instance to show the progress. Completions that have
+            ended go on with padding.
 
     Returns:
         [`Completions`] of N = P * m rows.
@@ -133,15 +155,20 @@ def sample_completions(
         eos_token_id=eos_token_id,
     )
     kwargs: dict[str, Any] = {} if mixture_weights is None else {"mixture_weights": mixture_weights}
+    by_row = mixture_weights if mixture_weights is not None and mixture_weights.ndim == 2 else None
     if num_generations > 1:
-        cache = read_prompts(policy, padded, mask, **kwargs)
+        # keys and values do not depend on the weights, except that a component without weight in any row has none
+        reading = kwargs if by_row is None else {"mixture_weights": by_row.mean(0)}
+        cache = read_prompts(policy, padded, mask, **reading)
         if cache is not None:
             cache.batch_repeat_interleave(num_generations)
             kwargs[CACHE_NAME] = cache
         padded, mask = (tensor.repeat_interleave(num_generations, 0) for tensor in (padded, mask))
-        if mixture_weights is not None and mixture_weights.ndim == 2:
-            kwargs["mixture_weights"] = mixture_weights.repeat_interleave(num_generations, 0)
-    recorder = _LogpsRecorder(temperature)
+        if by_row is not None and len(by_row) < len(padded):
+            kwargs["mixture_weights"] = by_row.repeat_interleave(num_generations, 0)
+    weights = kwargs.get("mixture_weights", policy.mixture_weights)
+    normalizers = NormalizerSums(torch.as_tensor(weights), temperature, len(padded)) if with_normalizers else None
+    recorder = _LogpsRecorder(temperature, normalizers, on_token)
     with _generation_config(policy, config), _component_hook(policy, recorder.watch):
         sequences = policy.generate(padded, attention_mask=mask, logits_processor=[recorder], **kwargs)
     completion_ids = sequences[:, padded.shape[1] :]

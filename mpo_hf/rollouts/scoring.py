@@ -13,13 +13,15 @@ from typing import Any, cast
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 
+from ..estimation.decoded import num_terms
 from ..mixture.component_loading import PolicyHandle
 from ..mixture.configuration_mixture import MixturePolicyConfig
 from ..mixture.mixture_cache import component_views
 from ..mixture.modeling_mixture import MixturePolicyModel
-from ..mixture.pooling import log_linear_pool, row_parts
+from ..mixture.pooling import log_linear_pool, log_normalizer, row_parts
 from ..mixture.stacked_cache import can_stack
 from .completions import Completions
+from .normalizers import normalizer_moments, pack_normalizers
 
 
 class CompletionScorer:
@@ -56,6 +58,44 @@ class CompletionScorer:
         """See [`~mpo_hf.rollouts.mixture_logps`]."""
         policy_logps = torch.zeros(len(completions), self._count, dtype=torch.float64)
         pooled_logps = torch.zeros(len(completions), len(mixtures), dtype=torch.float64)
+        for batch, by_policy in self._batches(completions, batch_size, policy_logps, holds=bool(mixtures)):
+            for s, weights in enumerate(mixtures):
+                pooled_logps[batch.rows, s] = batch.logps(by_policy, weights, temperature)
+        return policy_logps, pooled_logps
+
+    @torch.no_grad()
+    def normalizers(
+        self, completions: Completions, weights: Sequence[float], temperature: float = 1.0, batch_size: int = 8
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Log-probabilities under every policy, and the normalizers of mixtures around given weights.
+
+        Args:
+            completions ([`Completions`]): N completions.
+            weights (`Sequence[float]`): the mixture weights, K, around which the normalizers are expanded.
+            temperature (`float`, *optional*, defaults to 1.0): temperature that mixtures are decoded at.
+            batch_size (`int`, *optional*, defaults to 8): completions a forward pass.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: of shape `(N, K)`, and `(N, E)` as [`~mpo_hf.estimation.LogNormalizer`]
+                packs them; float64, on the CPU.
+        """
+        policy_logps = torch.zeros(len(completions), self._count, dtype=torch.float64)
+        packed = torch.zeros(len(completions), num_terms(self._count), dtype=torch.float64)
+        anchor = torch.as_tensor(weights, dtype=torch.float64) / temperature
+        for batch, by_policy in self._batches(completions, batch_size, policy_logps, holds=True):
+            scores = log_linear_pool(by_policy, [weight / temperature for weight in weights])
+            values = sum_over_tokens(log_normalizer(scores), batch.completion_mask)
+            moments = normalizer_moments(by_policy, scores)
+            packed[batch.rows] = pack_normalizers(
+                anchor.expand(len(batch.rows), -1), values, moments, batch.completion_mask
+            )
+        return policy_logps, packed
+
+    def _batches(
+        self, completions: Completions, batch_size: int, policy_logps: torch.Tensor, holds: bool
+    ) -> "Iterator[tuple[_Batch, list[torch.Tensor]]]":
+        """Batches of completions with the logits of all policies, if these are held; fills in `policy_logps`."""
         for prompts in _prompt_batches(completions, batch_size):
             caches = [read_prompts(model, prompts.ids, prompts.mask) for _, model, _ in self._groups]
             for batch in prompts.completions(completions, batch_size):
@@ -63,12 +103,9 @@ class CompletionScorer:
                 for (members, model, pools), cache in zip(self._groups, caches):
                     for k, logits in zip(members, _logits(model, pools, batch, cache)):
                         policy_logps[batch.rows, k] = batch.logps([logits])
-                        if mixtures:
+                        if holds:
                             held[k] = logits
-                for s, weights in enumerate(mixtures):
-                    by_policy = [held[k] for k in range(self._count)]
-                    pooled_logps[batch.rows, s] = batch.logps(by_policy, weights, temperature)
-        return policy_logps, pooled_logps
+                yield batch, [held[k] for k in sorted(held)]
 
 
 def completion_logps(

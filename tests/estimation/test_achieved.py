@@ -120,6 +120,7 @@ def test_fit_finds_the_best_mixture_of_policies_that_are_not_optimal(tmp_path, p
         reward_functions(rewards, enumeration.completions),
         estimator="mis",
         objective="achieved",
+        mixing="sequence",
         proposal=proposal,
         normalize_rewards=False,
         beta=BETA,
@@ -150,7 +151,21 @@ def test_fit_finds_the_best_mixture_of_policies_that_are_not_optimal(tmp_path, p
     assert evaluated["eval_welfare"] == pytest.approx(found.item(), abs=1.5)
 
 
-@pytest.mark.parametrize("options", [{"estimator": "bsmd"}, {"welfare": "nash"}])
-def test_what_it_cannot_do_is_refused(tmp_path, options):
-    with pytest.raises(ValueError, match='`objective="achieved"` needs `estimator="mis"`, and a max-min'):
+@pytest.mark.parametrize(
+    ("options", "needs"),
+    [
+        ({"estimator": "bsmd"}, '`objective="achieved"` needs `estimator="mis"`'),
+        ({"welfare": "nash", "mixing": "sequence"}, "needs a max-min, a weighted sum or CVaR; got welfare='nash'"),
+        ({"mixing": "sequence", "free_sum": True}, '`free_sum=True` needs `mixing="token"`'),
+        ({"mixing": "words"}, "`mixing` must be one of"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(tmp_path, options, needs):
+    with pytest.raises(ValueError, match=needs):
         MPOConfig(output_dir=str(tmp_path), objective="achieved", **options)
+
+
+@pytest.mark.parametrize("options", [{"mixing": "token"}, {"free_sum": True}])
+def test_options_of_it_are_refused_for_the_theorem(tmp_path, options):
+    with pytest.raises(ValueError, match='needs `objective="achieved"`'):
+        MPOConfig(output_dir=str(tmp_path), objective="reward", **options)
