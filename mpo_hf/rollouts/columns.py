@@ -67,19 +67,30 @@ class RolloutColumns:
     their texts, and its densities. `columns[name]` is a column, with NaN for unknown values:
 
     - `id`; `prompt` and `proposal`: indices into `prompts` and `proposals`.
-    - `proposal_logps`, `reference_logps`; `policy_logps` and `rewards` of shape `(N, K)`, or `(N, 0)` if none is known.
+    - `proposal_logps`, `reference_logps`; `policy_logps` and `rewards` of shape `(N, K)`, and `normalizers` of shape `(N, E)`,
+      or `(N, 0)` if none is known.
 
     Attributes:
         prompts (`dict[str, int]`): the key of every prompt, and its index, in the order of their first completions.
-        proposals (`dict[Proposal, int]`): the mixture weights of every proposal, and its index.
+        proposals (`dict[Proposal | None, int]`):
+            The mixture weights of every proposal, and its index; `None` stands for proposals that are not known.
     """
 
-    COLUMNS = ("id", "prompt_key", "proposal", "proposal_logps", "reference_logps", "policy_logps", "rewards")
+    COLUMNS = (
+        "id",
+        "prompt_key",
+        "proposal",
+        "proposal_logps",
+        "reference_logps",
+        "policy_logps",
+        "rewards",
+        "normalizers",
+    )
     DENSITIES = ("id", "proposal", "logps")
 
     def __init__(self) -> None:
         self.prompts: dict[str, int] = {}
-        self.proposals: dict[Proposal, int] = {}
+        self.proposals: dict[Proposal | None, int] = {}
         self._columns = {
             "id": Column(np.int64),
             "prompt": Column(np.int32),
@@ -88,6 +99,7 @@ class RolloutColumns:
             "reference_logps": Column(np.float64),
             "policy_logps": Column(np.float64, (0,)),
             "rewards": Column(np.float64, (0,)),
+            "normalizers": Column(np.float64, (0,)),
         }
         # log-probabilities of completions under proposals that did not draw them; of two for the same pair, the later one counts
         self._densities = {"id": Column(np.int64), "proposal": Column(np.int32), "logps": Column(np.float64)}
@@ -142,6 +154,9 @@ class RolloutColumns:
             "reference_logps": _floats(rows["reference_logps"]),
             "policy_logps": _vectors(rows["policy_logps"]),
             "rewards": _vectors(rows["rewards"]),
+            "normalizers": _vectors(rows["normalizers"])
+            if "normalizers" in rows.column_names
+            else np.empty((len(ids), 0)),
         }
         for name, column in self._columns.items():
             column.extend(values[name])
@@ -160,15 +175,28 @@ class RolloutColumns:
         self._densities["logps"].extend(_floats(rows["logps"]))
 
     def _index(self, proposals: pa.ChunkedArray) -> np.ndarray:
-        found = map(tuple, proposals.to_pylist())
+        found = (None if weights is None else tuple(weights) for weights in proposals.to_pylist())
         return np.array([self.proposals.setdefault(weights, len(self.proposals)) for weights in found], np.int32)
 
     # ---- queries of a step ----
 
     def proposals_of(self, keys: Sequence[str]) -> list[Proposal]:
-        """The proposals that drew completions of some prompts, in the order of their weights."""
+        """The known proposals that drew completions of some prompts, in the order of their weights."""
         drew = set(self["proposal"][self._rows_of_prompts(keys)].tolist())
-        return sorted(weights for weights, index in self.proposals.items() if index in drew)
+        return sorted(weights for weights, index in self.proposals.items() if index in drew and weights is not None)
+
+    @property
+    def origin(self) -> str:
+        """
+        What drew the completions: `"reference"`, `"mixture"` or `"both"`; `"given"` if that is not known of some of them.
+        """
+        known = list(self.proposals)
+        drew = [known[index] for index in np.unique(self["proposal"])]
+        if None in drew:
+            return "given"
+        if all(drew):
+            return "mixture"
+        return "both" if any(drew) else "reference"
 
     def unknown_under(self, proposal: Proposal, keys: Sequence[str]) -> list[int]:
         """Ids of those completions of some prompts whose log-probability under a proposal is unknown, in the order of rows."""
@@ -216,8 +244,8 @@ class RolloutColumns:
     def log_densities(self, rows: int, all_under_reference: bool) -> np.ndarray:
         """
         The log-density of each of the first `rows` completions under all proposals of its prompt together; see
-        [`~mpo_hf.estimation.balance_heuristic`]. Where the density under one of them is unknown, it is the log-density
-        under the completion's own proposal, which is valid as well.
+        [`~mpo_hf.estimation.balance_heuristic`]. Where one of these densities is unknown, it is the log-density of every
+        completion of that prompt under its own proposal, which is valid as well; one beside the other would not be.
 
         Args:
             rows (`int`): how many rows.
@@ -239,9 +267,11 @@ class RolloutColumns:
             if reference >= 0:
                 logps[:, reference] = self["reference_logps"][block]
             logps[row, proposal] = known
-            inputs = (prompt[block] - prompt[block[0]], drew[block], logps)
-            densities[block] = balance_heuristic(*map(torch.from_numpy, inputs))
-        return np.where(np.isnan(densities), own, densities)
+            of = prompt[block] - prompt[block[0]]
+            together = balance_heuristic(*map(torch.from_numpy, (of, drew[block], logps))).numpy()
+            is_known = np.bincount(of, np.isnan(together)) == 0
+            densities[block] = np.where(is_known[of], together, own[block])
+        return densities
 
     def _blocks(
         self, prompt: np.ndarray, column: np.ndarray

@@ -29,6 +29,7 @@ COLUMNS = (
     "completion",
     "completion_ids",
     "id",
+    "normalizers",
     "prompt_ids",
     "prompt_key",
     "proposal",
@@ -41,8 +42,10 @@ COLUMNS = (
 # Types of columns that may be empty. Every shard has the same types, so that all shards together are one dataset.
 _TYPES = {
     "policy_logps": pa.list_(pa.float64()),
+    "proposal": pa.list_(pa.float64()),
     "reference_logps": pa.float64(),
     "rewards": pa.list_(pa.float64()),
+    "normalizers": pa.list_(pa.float64()),
 }
 
 
@@ -58,10 +61,12 @@ class RolloutStore:
     A folder of completions. Each batch writes one shard, `rollouts-{step}-{part}.parquet`, a row a completion:
 
     - `prompt`, `completion` and the dataset's other columns, as rewards got them; `prompt_ids` and `completion_ids`.
-    - `step`, `id` (unique within the store), `prompt_key` (equal for completions of one prompt).
-    - `proposal`: the mixture weights that it was drawn with, or an empty list for the reference policy;
-      `proposal_logps`: \\(\log q(y)\\) under that proposal.
-    - `policy_logps` (K numbers), `reference_logps`, `rewards` (one an objective), each `null` if unknown.
+    - `step`, `id` (unique within the store), `prompt_key` (equal for completions of one prompt, and different for the rows of
+      a dataset that repeat a prompt, which end in `#1`, `#2`, ...).
+    - `proposal`: the mixture weights that it was drawn with, an empty list for the reference policy, or `null` if that is not
+      known; `proposal_logps`: \\(\log q(y)\\) under that proposal.
+    - `policy_logps` (K numbers), `reference_logps`, `rewards` (one an objective), `normalizers` (see
+      [`~mpo_hf.estimation.LogNormalizer`]), each `null` if unknown.
 
     When a prompt is visited again with another proposal, `densities-{step}-{part}.parquet` adds the log-probabilities of
     its earlier completions under it: columns `id`, `proposal`, `logps`.
@@ -163,7 +168,8 @@ class RolloutStore:
         """
         for path in self.shards(kind, last_step):
             with pyarrow.parquet.ParquetFile(path) as shard:
-                yield shard.read(columns=list(columns), use_threads=False)
+                # stores of version 0.1 have no normalizers
+                yield shard.read(columns=[n for n in columns if n in shard.schema_arrow.names], use_threads=False)
 
     def read(self, columns: Sequence[str], kind: str = "rollouts") -> dict[str, list]:
         """
@@ -253,7 +259,7 @@ class StoredCompletions(torch.utils.data.Dataset):
                 names = shard.schema_arrow.names
                 sizes.append(np.diff(_row_group_ends(shard), prepend=0))
                 self._groups += [(path, i) for i in range(len(sizes[-1]))]
-        self.column_names = [name for name in names if name not in ("step", "prompt_key")]
+        self.column_names = [name for name in names if name != "step"]
         self._ends = np.cumsum(np.concatenate(sizes))
         self._last: tuple[int, Dataset] | None = None
 
@@ -332,7 +338,7 @@ def given_rollouts(
     """
     if isinstance(rollouts, Dataset):
         _check_columns(rollouts.column_names)
-        own = [name for name in ("id", "step", "prompt_key") if name in rollouts.column_names]
+        own = [name for name in ("id", "step") if name in rollouts.column_names]
         return rollouts.remove_columns(own).add_column("id", np.arange(len(rollouts))), None
     folder = Path(rollouts)
     if not (folder / INFO).is_file():

@@ -64,7 +64,8 @@ class Plain:
         if len(proposals) == 1:
             return own
         found = balance_heuristic(prompt, drew, logps)
-        return torch.where(found.isnan(), own, found)
+        unknown = {prompt[i].item() for i in found.isnan().nonzero()}
+        return torch.stack([own[i] if prompt[i].item() in unknown else found[i] for i in range(count)])
 
 
 PROPOSALS = [[], [0.5, 0.5], [0.25, 0.75], [0.1, 0.9]]
@@ -124,6 +125,52 @@ def test_columns_say_what_a_look_at_every_row_would(in_order, monkeypatch):
         assert numbers[name].tolist() == [row[name] for row in plain.rows]
     assert [list(numbers.prompts)[i] for i in numbers["prompt"]] == [row["prompt_key"] for row in plain.rows]
     assert [list(numbers.proposals)[i] for i in numbers["proposal"]] == [row["proposal"] for row in plain.rows]
+
+
+@pytest.mark.parametrize("scored", ["none", "some", "all"])
+def test_estimates_are_right_whatever_is_known_of_other_proposals(scored):
+    """
+    One prompt, two completions, two proposals: every draw in its exact proportion. The estimate of an expectation under the
+    reference is exact, also if some completions of the reference are not scored under the mixture.
+    """
+    reference, mixture = np.array([0.5, 0.5]), np.array([0.9, 0.1])
+    drawn = [
+        (y, p) for p, q in (([], reference), ([0.5, 0.5], mixture)) for y in (0, 1) for _ in range(round(10 * q[y]))
+    ]
+    numbers, ids = RolloutColumns(), range(len(drawn))
+    logps = {"reference_logps": [np.log(reference[y]) for y, _ in drawn]}
+    logps["proposal_logps"] = [np.log((mixture if p else reference)[y]) for y, p in drawn]
+    rows = {"id": list(ids), "prompt_key": ["x"] * 20, "proposal": [p for _, p in drawn], **logps}
+    numbers.extend(pa.table({**rows, "policy_logps": pa.nulls(20), "rewards": pa.nulls(20)}))
+    of_reference = [i for i in ids if not drawn[i][1]]
+    known = {"none": [], "some": of_reference[::2], "all": of_reference}[scored]
+    found = [np.log(mixture[drawn[i][0]]) for i in known]
+    proposals = pa.array([[0.5, 0.5]] * len(known), pa.list_(pa.float64()))
+    numbers.extend_densities(
+        pa.table({"id": pa.array(known, pa.int64()), "proposal": proposals, "logps": pa.array(found, pa.float64())})
+    )
+    shares = np.exp(logps["reference_logps"] - numbers.log_densities(20, True))
+    assert shares[[y == 0 for y, _ in drawn]].sum() / shares.sum() == pytest.approx(0.5)
+
+
+def test_the_origin_of_completions_is_that_of_their_proposals():
+    for proposals, expected in [
+        ([[]], "reference"),
+        ([[0.5, 0.5], [1.0, 0.0]], "mixture"),
+        ([[], [0.5, 0.5]], "both"),
+        ([None], "given"),
+        ([None, [0.5, 0.5], []], "given"),
+    ]:
+        numbers, count = RolloutColumns(), len(proposals)
+        # a proposal that other completions were scored under drew none
+        numbers.extend_densities(pa.table({"id": [7, 7], "proposal": [[0.3, 0.7], []], "logps": [-1.0, -2.0]}))
+        rows = some_rows(random.Random(0), list(range(count)), PROPOSALS).drop_columns("proposal")
+        numbers.extend(rows.append_column("proposal", pa.array(proposals, pa.list_(pa.float64()))))
+        assert numbers.origin == expected
+        assert [list(numbers.proposals)[i] for i in numbers["proposal"]] == [
+            p and tuple(p) if p != [] else () for p in proposals
+        ]
+        assert None not in numbers.proposals_of(list(numbers.prompts))
 
 
 def test_numbers_that_are_not_known_are_nan_beside_those_that_are():
