@@ -22,6 +22,7 @@ def count_b(completions, **kwargs):
 
 def make_args(output_dir, **kwargs):
     defaults = {
+        "objective": "reward",
         "estimator": "bsmd",
         "num_generations": 4,
         "per_device_train_batch_size": 8,
@@ -46,6 +47,11 @@ def make_trainer(
         processing_class=toy_tokenizer(),
         callbacks=callbacks,
     )
+
+
+def renewal(estimator, proposal, below) -> dict:
+    """The option of when to renew the proposal, where there is one to renew."""
+    return {"refresh_below": below} if (estimator, proposal) == ("mis", "mixture") else {}
 
 
 class Interrupt(TrainerCallback):

@@ -67,8 +67,8 @@ OVERRIDDEN = {
     "JoinedView": "update",
     "MPOConfig": "learning_rate logging_steps lr_scheduler_type max_grad_norm max_steps per_device_eval_batch_size "
     "per_device_train_batch_size remove_unused_columns save_steps save_total_limit",
-    "MPOTrainer": "args compute_loss create_model_card create_optimizer floating_point_ops get_eval_dataloader "
-    "get_train_dataloader log model model_accepts_loss_kwargs optimizer prediction_step push_to_hub save_model",
+    "MPOTrainer": "args compute_loss create_model_card create_optimizer evaluation_loop floating_point_ops get_eval_dataloader "
+    "get_test_dataloader get_train_dataloader log model model_accepts_loss_kwargs optimizer prediction_step push_to_hub save_model",
     "MixtureGenerationMixin": "create_masks_for_generate init_continuous_batching prepare_inputs_for_generation",
     "MixtureLogitsProcessor": "supports_continuous_batching",
     "MixturePolicyConfig": "from_dict hidden_size layer_types max_position_embeddings model_type num_attention_heads "
@@ -80,7 +80,7 @@ OVERRIDDEN = {
     "set_input_embeddings supports_gradient_checkpointing to train",
     "StackedCacheView": "update",
     "_FitState": "state",
-    "_MirrorDescentCallback": "on_optimizer_step on_pre_optimizer_step on_train_begin",
+    "_MirrorDescentCallback": "on_epoch_begin on_optimizer_step on_pre_optimizer_step on_train_begin on_train_end",
 }
 # Functions that methods of ours take the place of, where no base class has a method of the name.
 BASES = {
@@ -115,7 +115,7 @@ READ = {
     "transformers.PreTrainedTokenizerBase": "apply_chat_template pad",
     "transformers.Trainer": "accelerator",
     "transformers.TrainerControl": "should_training_stop",
-    "transformers.TrainerState": "global_step is_local_process_zero is_world_process_zero",
+    "transformers.TrainerState": "epoch global_step is_local_process_zero is_world_process_zero",
     "transformers.TrainingArguments": "gradient_accumulation_steps resume_from_checkpoint",
     "transformers.cache_utils.Cache": "batch_select_indices crop get_seq_length has_previous_state offloading reorder_cache",
     "transformers.cache_utils.CacheLayerMixin": "cumulative_length cumulative_length_int keys lazy_initialization values",

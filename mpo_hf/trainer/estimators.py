@@ -14,9 +14,11 @@ from ..estimation import (
     certify,
     certify_primal,
     maximize_primal,
+    minimize_debiased,
     minimize_dual,
     primal_objective,
 )
+from ..estimation.tables import effective_sample_fractions
 
 
 # Share of uniform weights in the starting points near the corners of the simplex.
@@ -64,6 +66,11 @@ class Estimator(ABC):
     def effective_sample_fraction(self, weights: torch.Tensor) -> float:
         """Effective sample size at some weights, as a fraction of a prompt's completions."""
 
+    def effective_completions(self, weights: torch.Tensor) -> float:
+        """Effective number of completions of a prompt at some weights, the mean over the prompts."""
+        counts = torch.bincount(self.table.prompt)
+        return (self.table.effective_sample_fractions(weights) * counts).mean().item()
+
 
 class DualEstimator(Estimator):
     """The dual objective F."""
@@ -72,7 +79,7 @@ class DualEstimator(Estimator):
         return self.table.by_prompt(weights.unsqueeze(0))[0].mean()
 
     def best(self, weights: torch.Tensor) -> torch.Tensor:
-        return minimize_dual(self.table, welfare=self.welfare)[0][0]
+        return minimize_debiased(self.table, self.welfare)[0][0]
 
     def certify(
         self, weights: torch.Tensor, mixture_weights: torch.Tensor, rewards: torch.Tensor | None, **options: Any
@@ -103,3 +110,7 @@ class PrimalEstimator(Estimator):
 
     def effective_sample_fraction(self, weights: torch.Tensor) -> float:
         return self.mixture.effective_sample_fraction(weights).item()
+
+    def effective_completions(self, weights: torch.Tensor) -> float:
+        prompt, (shares, _) = self.mixture.prompt, self.mixture.shares(weights)
+        return (effective_sample_fractions(prompt, shares) * torch.bincount(prompt)).mean().item()

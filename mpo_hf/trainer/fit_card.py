@@ -8,10 +8,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..estimation import Certificate
+from .fit_summary import FitSummary, comparison_rows
 from .plots import plot_fit
 
 
 PLOT_NAME = "weights.png"
+
+# What drew the completions of a fit, in a sentence.
+ORIGINS = {
+    "reference": "from the reference policy",
+    "mixture": "from mixtures of these policies",
+    "both": "from the reference policy and from mixtures of these policies",
+    "given": "from policies that are not recorded",
+}
 
 # Means and standard errors, by policy and by objective.
 Rewards = dict[str, dict[str, float | tuple[float, float]]]
@@ -19,26 +28,30 @@ Rewards = dict[str, dict[str, float | tuple[float, float]]]
 
 def measured_rewards(
     log_history: Sequence[dict[str, Any]],
-    proposal: str,
+    origin: str,
     certificate: Certificate | None = None,
     objectives: Sequence[str] = (),
+    is_given: bool = False,
 ) -> tuple[Rewards, str]:
     """
     Mean rewards of the completions that a fit drew, estimated rewards of the mixture, and sentences that explain them.
 
     Args:
         log_history (`Sequence[dict]`): `trainer.state.log_history`.
-        proposal (`str`):
-            `"reference"`: one row, as all steps measured the same policy. `"mixture"`: the first and the last tenth of the
-            steps have a row each, as the mixture changes.
+        origin (`str`):
+            What drew the completions. `"reference"`: one row, as all steps measured the same policy. `"mixture"`: the
+            first and the last tenth of the steps have a row each, as the mixture changes. `"both"` or `"given"`, of
+            policies that are not known: one row.
         certificate ([`~mpo_hf.estimation.Certificate`], *optional*): the certificate of the weights.
         objectives (`Sequence[str]`, *optional*): names of the objectives, for the certificate.
+        is_given (`bool`, *optional*, defaults to `False`):
+            Whether the completions were drawn before the fit: one row, whatever drew them.
 
     Returns:
         `tuple[dict, str]`: for every row of a table, the mean reward of each objective, with its standard error if there are
         several steps; and the sentences.
     """
-    rewards, note = _sampled_rewards(log_history, proposal)
+    rewards, note = _sampled_rewards(log_history, origin, is_given)
     if certificate is None:
         return rewards, note
     if certificate.mixture_rewards is not None:
@@ -61,11 +74,33 @@ def measured_rewards(
     return rewards, f"{note} Standard errors of the weights: {errors}.".strip()
 
 
-def _sampled_rewards(log_history: Sequence[dict[str, Any]], proposal: str) -> tuple[Rewards, str]:
+def compared_rewards(summary: FitSummary) -> tuple[Rewards, str] | None:
+    """
+    What a fit to decoded mixtures found of the mixture, uniform weights, each policy and the reference; `None` for others.
+
+    Args:
+        summary ([`FitSummary`]): the end of the fit.
+    """
+    if summary.comparisons is None:
+        return None
+    note = (
+        "Mean rewards, estimated from the completions of the fit by importance weights, on prompts of the fit; ± is the\n"
+        "standard error over the prompts. " + "\n".join(summary.lines())
+    )
+    return comparison_rows(summary.comparisons, summary.objectives), note
+
+
+def _sampled_rewards(log_history: Sequence[dict[str, Any]], origin: str, is_given: bool) -> tuple[Rewards, str]:
     steps = [entry for entry in log_history if "loss" in entry and any(key.startswith("rewards/") for key in entry)]
     if not steps:
         return {}, ""
-    if proposal == "reference":
+    if is_given or origin not in ("reference", "mixture"):
+        note = (
+            f"The fit was made to completions that were drawn before it, {ORIGINS[origin]}, and these\n"
+            "are their mean rewards. What the mixture\nitself reaches was not measured here."
+        )
+        return {f"the completions, {_range(steps)}": _means(steps)}, f"{note} {_error(steps)}".strip()
+    if origin == "reference":
         note = (
             "The fit drew its completions from the reference policy, and these are their mean rewards. What the mixture\n"
             "itself reaches was not measured here."

@@ -3,6 +3,8 @@
 from collections import defaultdict
 
 import torch
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..estimation.objectives import effective_sample_size
@@ -12,6 +14,9 @@ from .mpo_config import MPOConfig
 
 
 logger = logging.get_logger(__name__)
+
+# With fewer effective completions of a prompt, the bias of the estimates, of order 1/m, is no longer small.
+MIN_EFFECTIVE_COMPLETIONS = 4
 
 
 class FitLogging:
@@ -23,7 +28,7 @@ class FitLogging:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self._warned_collapse = False
+        self._warned_of: set[bool] = set()
 
     def record(self, mode: str, name: str, values: torch.Tensor) -> None:
         """Adds the mean of `values` over all processes to the metrics that are logged next; `mode` is "train" or "eval"."""
@@ -38,12 +43,10 @@ class FitLogging:
         rewards: torch.Tensor | None,
         completions: Completions,
     ) -> None:
-        fraction = effective_sample_size(log_weights.detach()) / log_weights.shape[-1]
+        count = effective_sample_size(log_weights.detach()).mean().item()
         self.record(mode, "dual_objective", loss.reshape(1))
-        self.record(mode, "effective_sample_size", fraction)
+        self._record_effect(mode, count / log_weights.shape[-1], count)
         self._record_completions(mode, completions, rewards)
-        if mode == "train":
-            self._warn_of_collapse(self._metrics[mode]["effective_sample_size"][-1])
 
     def _record_loss(self, mode: str, loss: torch.Tensor) -> None:
         name, value = ("welfare", -loss) if self.args.objective == "achieved" else ("dual_objective", loss)
@@ -62,8 +65,7 @@ class FitLogging:
         """Records the quality of the weights after they have been fitted to a new estimate."""
         certificate, fraction = self.certificate, self.rollout_fit.effective_sample_fraction
         self._record_loss("train", self.rollout_fit.loss(self.weights.detach()))
-        self.record("train", "effective_sample_size", torch.tensor([fraction]))
-        self._warn_of_collapse(fraction)
+        self._record_effect("train", fraction, self.rollout_fit.effective_completions)
         if certificate is not None:
             self.record("train", "duality_gap_bound", torch.tensor([certificate.duality_gap_bound]))
             for name, error in zip(self.objective_names, certificate.standard_errors):
@@ -74,28 +76,84 @@ class FitLogging:
             if certificate.mixture_duality_gap is not None:
                 self.record("train", "mixture_duality_gap", torch.tensor([certificate.mixture_duality_gap]))
 
-    def _warn_of_collapse(self, fraction: float) -> None:
-        if fraction >= self.args.min_effective_sample_size or self._warned_collapse:
+    def _record_effect(self, mode: str, fraction: float, count: float) -> None:
+        """Records the effective sample size, as a fraction and as a number of completions per prompt."""
+        self.record(mode, "effective_sample_size", torch.tensor([fraction]))
+        self.record(mode, "effective_completions", torch.tensor([count]))
+        if mode == "train":
+            self._warn_of_collapse(
+                *(self._metrics[mode][f"effective_{name}"][-1] for name in ("sample_size", "completions"))
+            )
+
+    def _warn_of_collapse(self, fraction: float, count: float) -> None:
+        """Warns when too few completions count: once of their share, and once of their number."""
+        collapsed = fraction < self.args.min_effective_sample_size
+        if not (collapsed or count < MIN_EFFECTIVE_COMPLETIONS) or collapsed in self._warned_of:
             return
-        self._warned_collapse = True
-        if self.args.proposal == "reference":
-            advice = 'Draw from the mixture itself with `proposal="mixture"`'
+        self._warned_of.add(collapsed)
+        if collapsed:
+            reason = (
+                f"Only {fraction:.1%} of the completions count, {count:.1f} of each prompt: the effective sample size has "
+                "collapsed, and the weights may run away from the optimum"
+            )
         else:
+            reason = (
+                f"Only {count:.1f} completions of each prompt count, {fraction:.0%} of them: estimates from so few are biased, "
+                "by an amount that does not shrink with more prompts"
+            )
+        logger.warning(f"{reason}. {self._advice(collapsed)}.")
+
+    def _advice(self, collapsed: bool) -> str:
+        if collapsed and self.origin != "mixture":
+            known = {"reference": "the reference policy", "both": "the reference policy and from mixtures"}
+            advice = (
+                f"They come from {known.get(self.origin, 'other policies')}: draw from the mixture itself, with "
+                f'`proposal="mixture"`{" and without `rollouts`" if self._is_given else ""}'
+            )
+        elif self._is_given:
+            advice = "Give more completions of each prompt"
+        elif collapsed:
             advice = "Draw more completions (`num_generations`), or shorter ones (`max_completion_length`)"
-        if self.args.objective != "implicit":
-            advice += ", or raise `beta`"
-        logger.warning(
-            f"Only {fraction:.1%} of the completions count: the effective sample size has collapsed, and the weights may "
-            f'run away from the optimum (proposal "{self.args.proposal}"). {advice}.'
-        )
+        else:
+            advice = "Draw more completions of each prompt (`num_generations`)"
+        return advice if self.args.objective == "implicit" else f"{advice}, or raise `beta`"
+
+    @property
+    def origin(self) -> str:
+        """What drew the completions: `"reference"`, `"mixture"`, `"both"`, or `"given"` if that is not known."""
+        return self.rollout_fit.origin if self.rollout_fit is not None else self.args.proposal
+
+    # ---- metrics that leave the trainer ----
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """
+        Runs an evaluation or a prediction. Its metrics include what was recorded of the completions, so that `evaluate`
+        returns the rewards, callbacks get them, and `metric_for_best_model` may name them.
+        """
+        self._metrics["eval"].clear()  # what an evaluation that was interrupted has left
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in self._take_means("eval").items()})
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
-        metrics = {name: sum(values) / len(values) for name, values in self._metrics[mode].items() if values}
-        if mode == "eval":
-            metrics = {f"eval_{name}": value for name, value in metrics.items()}
-        else:
+        if "loss" in logs or "train_loss" in logs:  # the entry of a step, or the last one
             names = [*self.objective_names, "reference"]
-            metrics |= {f"weights/{name}": weight for name, weight in zip(names, self.model.config.mixture_weights)}
+            weights = {f"weights/{name}": weight for name, weight in zip(names, self.model.config.mixture_weights)}
+            logs.update(self._take_means("train") | weights)
+            if "loss" in logs and self.rollout_fit is not None:
+                columns = self.rollout_fit.columns
+                logs.update({"num_prompts": len(columns.prompts), "num_completions": len(columns)})
+        super().log(logs, start_time)
+
+    def _take_means(self, mode: str) -> dict[str, float]:
+        """The means of the metrics that have been recorded since the last call."""
+        means = {name: sum(values) / len(values) for name, values in self._metrics[mode].items() if values}
         self._metrics[mode].clear()
-        super().log({**logs, **metrics}, start_time)
+        return means

@@ -7,11 +7,14 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..estimation.reward_scales import SCALES
+from .unused_options import refuse_unused_options
 
 
 WELFARES = ("max_min", "weighted_sum", "nash", "alpha_fair", "cvar")
 # In nats: the welfare is then at most a hundredth of β below that of the best weights.
 DEFAULT_TOLERANCE = 0.01
+# Completions per device and step, before this is rounded up to a multiple of `num_generations`.
+DEFAULT_BATCH_SIZE = 32
 
 
 @dataclass
@@ -22,19 +25,29 @@ class MPOConfig(TrainingArguments):
     [`~transformers.TrainingArguments`].
 
     Args:
-        objective (`str`, *optional*, defaults to `"reward"`):
-            `"reward"`: the dual objective of MPO, with the rewards of the reward functions on their own scale. It assumes that
-            every policy is optimal for its reward. `"achieved"`: the welfare that the mixture of the given policies reaches,
-            less β times its divergence from the reference. Its weights are the same for optimal policies, and better for
-            others; it needs `estimator="mis"`. `"implicit"`: the log-ratios of the policies to each other, without reward
-            functions. The most aggressively trained policy then gains weight.
+        objective (`str`, *optional*):
+            What the weights are best for. `"achieved"`: what the mixture of these policies reaches as it is decoded, the
+            welfare of its rewards less β times its divergence from the reference; it needs `estimator="mis"`. `"reward"`: the
+            paper's theorem, the dual objective with these rewards, which is right for policies that are optimal for them.
+            `"implicit"`: its other half, with the log-ratios of the policies to each other instead of reward functions; the
+            most aggressively trained policy then gains weight. Defaults to `"achieved"`, and to `"reward"` for
+            `estimator="bsmd"`.
+        mixing (`str`, *optional*):
+            The mixture that `objective="achieved"` speaks of. `"token"`: as `generate()` mixes, token by token, at the
+            `temperature` of the fit. `"sequence"`: whole completions, \\(\\prod_k \\pi_k(y)^{\\lambda_k}\\), as in the theorem and as
+            [sequence-level decoding](../how-to/sequence_level) draws them. Defaults to `"token"`; the other objectives are about
+            `"sequence"` always.
+        free_sum (`bool`, *optional*, defaults to `False`):
+            Whether the sum of the weights is free, with `objective="achieved"`: the reference becomes a further component of
+            the mixture and takes the rest, which may be negative. Better for policies that were trained too much, or too little.
         beta (`float`, *optional*, defaults to 0.1):
             KL coefficient β, in the units of the rewards. Smaller values allow the mixture to move further from the reference;
             very small ones leave few effective samples. Unused by the implicit objective.
         proposal (`str`, *optional*):
             The policy that completions are drawn from. `"reference"`: the reference policy, as in the paper's
             Algorithm 2. `"mixture"`: the current mixture, with exact importance weights. Defaults to `"reference"` for the
-            reward objective and to `"mixture"` for the others, whose importance weights collapse with the reference.
+            reward objective and to `"mixture"` for the others, whose importance weights collapse with the reference. For what
+            is decoded, a few completions come from each policy and from the reference, to compare with.
         welfare (`str`, *optional*, defaults to `"max_min"`):
             The function of the objectives' gains that is maximized, less β times the divergence from the reference.
             `"max_min"`: the gain of the worst-off objective, as in the paper. `"weighted_sum"`: as in MORLHF and multi-objective
@@ -73,30 +86,39 @@ class MPOConfig(TrainingArguments):
             mixture at its initial weights.
         num_generations (`int`, *optional*, defaults to 16):
             Completions per prompt, m, at least 2. The bias of the estimates falls as 1/m.
-        per_device_train_batch_size (`int`, *optional*, defaults to 32):
-            Completions (not prompts, as in TRL's `GRPOConfig`) per device and step, a multiple of `num_generations`.
-        per_device_eval_batch_size (`int`, *optional*, defaults to 32):
+        per_device_train_batch_size (`int`, *optional*):
+            Completions (not prompts, as in TRL's `GRPOConfig`) per device and step, a multiple of `num_generations`, as a
+            device draws all completions of a prompt. Defaults to 32, rounded up to such a multiple.
+        per_device_eval_batch_size (`int`, *optional*):
             The same for evaluation.
         max_steps (`int`, *optional*, defaults to 100):
             Steps T. -1 for `num_train_epochs` passes over the prompts.
         learning_rate (`float`, *optional*):
-            Step size η of the mirror descent. Defaults to c/√T, with c = `step_scale`.
+            Step size η of the mirror descent, `estimator="bsmd"`. Defaults to c/√T, with c = `step_scale`.
         step_scale (`float`, *optional*, defaults to 2.0):
-            The constant c of the default step size η = c/√T.
+            The constant c of the default step size η = c/√T of `estimator="bsmd"`.
         average_iterates (`bool`, *optional*, defaults to `True`):
-            Whether the result is the average of all iterates, as in the paper, rather than the last one.
+            Whether the result of `estimator="bsmd"` is the average of all iterates, as in the paper, rather than the last one.
         normalize_rewards (`str` or `bool`, *optional*):
             The scale on which rewards of different objectives are compared; see
             [`~mpo_hf.estimation.reward_scales.RewardScale`]. `"optimal"` or `True`: the paper's
             P(r) = r - β log E_ref exp(r/β), relative to the value of the best policy for that objective alone. `"none"` or
-            `False`: rewards as they are. `"regret"`, `"reference"`, `"z_score"` and `"win_rate"` need `estimator="mis"`.
+            `False`: rewards as they are. `"regret"`, `"reference"`, `"z_score"` and `"win_rate"` need `estimator="mis"`, and
+            `"gain"`, in units of what each objective's own policy gains, a fit to what is decoded.
             Defaults to `"reference"` for `welfare="nash"` and `"alpha_fair"`, which are functions of gains over the reference,
             and to `"optimal"` otherwise.
         normalization_prompts (`int`, *optional*, defaults to 16):
             With the mixture as proposal, the number of prompts from which each policy's value is estimated, once, before the
             first step; see [`MPOTrainer.reward_offsets`].
-        temperature (`float`, *optional*, defaults to 1.0):
-            Sampling temperature. The importance weights correct for its effect.
+        temperature (`float`, *optional*):
+            Sampling temperature. For what is decoded token by token, the temperature that the weights are meant for; it
+            defaults to that of the mixture's generation config. Otherwise the importance weights correct for its effect, and it
+            defaults to 1. For given completions of the reference policy without `proposal_logps`, the temperature that they were
+            drawn at.
+        top_k (`int`, *optional*), top_p (`float`, *optional*):
+            What is decoded token by token is fitted without truncation only, as truncated tokens have a log-probability of minus
+            infinity. A generation config of the mixture that truncates is refused, unless `top_k=0` and `top_p=1.0` say that
+            the weights are meant for sampling without it.
         max_completion_length (`int`, *optional*, defaults to 256):
             Maximum length of a completion, in tokens.
         logps_batch_size (`int`, *optional*, defaults to 8):
@@ -116,7 +138,8 @@ class MPOConfig(TrainingArguments):
         model_init_kwargs (`dict`, *optional*):
             Arguments for [`MixturePolicyModel.from_policies`] or `from_pretrained` if the trainer loads the model.
         min_effective_sample_size (`float`, *optional*, defaults to 0.1):
-            The effective sample size, as a fraction, below which a warning is given.
+            The effective sample size, as a fraction, below which a warning is given. There is one below 4 completions of a
+            prompt too.
         hub_pin_revisions (`bool`, *optional*, defaults to `True`):
             Whether the config on the Hub pins policies to the commits that they were loaded from.
         hub_upload_adapters (`bool`, *optional*, defaults to `False`):
@@ -129,7 +152,8 @@ class MPOConfig(TrainingArguments):
             step, a checkpoint at every step (a few kB: no policy weights; the last 2 are kept), no gradient clipping.
 
     Raises:
-        `ValueError`: for invalid values, with a remedy for each.
+        `ValueError`:
+            for invalid values, and for options that have no effect beside the others, with a remedy for each.
 
     Example:
 
@@ -144,7 +168,25 @@ class MPOConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["constraints"]
 
-    objective: str = field(default="reward", metadata={"help": "'reward', 'achieved' or 'implicit'."})
+    objective: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the weights are best for: 'achieved' (what this mixture reaches as it is decoded), 'reward' (the "
+            "paper's theorem, for policies that are optimal for their rewards) or 'implicit' (the same, without rewards). Default "
+            "'achieved'; with --estimator bsmd, 'reward'."
+        },
+    )
+    mixing: str | None = field(
+        default=None,
+        metadata={
+            "help": "With 'achieved': 'token', as generate() mixes, or 'sequence', the product of whole completions. Default "
+            "'token'."
+        },
+    )
+    free_sum: bool = field(
+        default=False,
+        metadata={"help": "With 'achieved': leave the sum of the weights free; the reference takes the rest."},
+    )
     beta: float = field(default=0.1, metadata={"help": "KL coefficient, in the units of the rewards."})
     proposal: str | None = field(
         default=None,
@@ -193,13 +235,18 @@ class MPOConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "The scale on which rewards are compared: 'optimal' (relative to the best policy for each objective alone), "
-            "'regret', 'reference', 'z_score', 'win_rate' or 'none'. The default depends on the welfare."
+            "'regret', 'reference', 'gain' (in units of what each own policy gains), 'z_score', 'win_rate' or 'none'. The "
+            "default depends on the welfare."
         },
     )
     normalization_prompts: int = field(
         default=16, metadata={"help": "Prompts to estimate each policy's value from, with the mixture as proposal."}
     )
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    temperature: float | None = field(
+        default=None, metadata={"help": "Sampling temperature. Default: that of the generation config, or 1."}
+    )
+    top_k: int | None = field(default=None, metadata={"help": "0 to fit for sampling without top-k."})
+    top_p: float | None = field(default=None, metadata={"help": "1.0 to fit for sampling without top-p."})
     max_completion_length: int = field(default=256, metadata={"help": "Maximum length of a completion, in tokens."})
     logps_batch_size: int = field(default=8, metadata={"help": "Completions per forward pass when scoring."})
     score_policies: float = field(
@@ -227,8 +274,13 @@ class MPOConfig(TrainingArguments):
     learning_rate: float | None = field(default=None, metadata={"help": "Step size. Default: step_scale/sqrt(T)."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the step size."})
     max_steps: int = field(default=100, metadata={"help": "Steps T; -1 for num_train_epochs."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Completions per device and step."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Completions per device in evaluation."})
+    per_device_train_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Completions per device and step. Default 32, rounded up to a multiple of num_generations."},
+    )
+    per_device_eval_batch_size: int | None = field(
+        default=None, metadata={"help": "Completions per device in evaluation. Default as for the fit."}
+    )
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
     save_steps: float = field(default=1, metadata={"help": "Write a checkpoint every so many steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
@@ -236,17 +288,24 @@ class MPOConfig(TrainingArguments):
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Rewards may need every column."})
 
     def __post_init__(self):
+        group = max(1, self.num_generations)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(self, name) is None:
+                setattr(self, name, math.ceil(DEFAULT_BATCH_SIZE / group) * group)
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False  # batches hold text, which cannot be sent between devices
+        if self.objective is None:
+            self.objective = self.dependent_defaults()["objective"]
         _check_choice("objective", self.objective, ("reward", "achieved", "implicit"))
         if self.proposal is None:
-            self.proposal = "reference" if self.objective == "reward" else "mixture"
+            self.proposal = self.dependent_defaults()["proposal"]
         _check_choice("proposal", self.proposal, ("reference", "mixture"))
         _check_choice("estimator", self.estimator, ("bsmd", "mis"))
+        self._check_decoding()
         self._check_welfare()
         if self.tolerance is None:
-            self.tolerance = DEFAULT_TOLERANCE if self.estimator == "mis" else 0.0
+            self.tolerance = self.dependent_defaults()["tolerance"]
         if self.tolerance and self.estimator != "mis":
             raise ValueError(
                 f'`tolerance={self.tolerance}` needs `estimator="mis"`: mirror descent does not estimate how far it is from the optimum.'
@@ -261,8 +320,9 @@ class MPOConfig(TrainingArguments):
             )
         self.score_policies = float(self.score_policies)
         for name in ("beta", "temperature", "step_scale"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"`{name}` must be a positive number, got {value}.")
         for name in ("max_completion_length", "logps_batch_size", "normalization_prompts", "num_resamples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -272,15 +332,41 @@ class MPOConfig(TrainingArguments):
                 "importance weight is 1 for all mixture weights, the gradient loses its curvature, and the fit runs to a "
                 "vertex. The bias falls as 1/m; 16 or more is a good choice."
             )
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-            if getattr(self, name) % self.num_generations:
-                raise ValueError(
-                    f"`{name}` counts completions and must be a multiple of `num_generations`, got {getattr(self, name)} "
-                    f"with num_generations={self.num_generations}."
-                )
+        self.check_batch_size("per_device_train_batch_size")
+        if self.eval_strategy != "no":  # otherwise when something is evaluated
+            self.check_batch_size("per_device_eval_batch_size")
         if self.max_grad_norm:
             raise ValueError(
                 f"`max_grad_norm` must be 0, got {self.max_grad_norm}: a clipped gradient is no mirror descent step."
+            )
+        refuse_unused_options(self)
+
+    def dependent_defaults(self) -> dict[str, Any]:
+        """The defaults that depend on other options."""
+        weights_are_given = self.welfare == "weighted_sum" and self.objective != "achieved"
+        return {
+            "objective": "reward" if self.estimator == "bsmd" else "achieved",
+            "proposal": "reference" if self.objective == "reward" else "mixture",
+            "tolerance": DEFAULT_TOLERANCE if self.estimator == "mis" and not weights_are_given else 0.0,
+        }
+
+    def _check_decoding(self) -> None:
+        is_achieved = self.objective == "achieved"
+        if self.mixing is None:
+            self.mixing = "token" if is_achieved else "sequence"
+        _check_choice("mixing", self.mixing, ("token", "sequence"))
+        if not is_achieved and (self.mixing == "token" or self.free_sum):
+            name, value = ("mixing", self.mixing) if self.mixing == "token" else ("free_sum", self.free_sum)
+            raise ValueError(
+                f'`{name}={value!r}` needs `objective="achieved"`: objective={self.objective!r} is about whole completions, '
+                "with weights that its welfare function determines."
+            )
+        if self.free_sum and self.mixing != "token":
+            raise ValueError('`free_sum=True` needs `mixing="token"`, got mixing="sequence".')
+        if self.top_k or (self.top_p is not None and self.top_p != 1):
+            raise ValueError(
+                f"`top_k={self.top_k}`, `top_p={self.top_p}`: weights are fitted for sampling without truncation, as the "
+                "log-probability of a truncated token is minus infinity. Pass `top_k=0` and `top_p=1.0`, and decode so."
             )
 
     def _check_welfare(self) -> None:
@@ -305,15 +391,26 @@ class MPOConfig(TrainingArguments):
                 f"`welfare={self.welfare!r}` needs gains above 0, and with `normalize_rewards={scale!r}` no gain is. Use "
                 "'reference', 'z_score' or 'win_rate'."
             )
+        is_decoded = self.objective == "achieved" and self.mixing == "token"
+        if scale == "gain" and not is_decoded:
+            raise ValueError(
+                '`normalize_rewards="gain"` needs `objective="achieved"` with `mixing="token"`, which measures what each policy '
+                f"gains; got objective={self.objective!r}, mixing={self.mixing!r}."
+            )
         if gains_over_reference and self.constraints:
             raise ValueError(
                 f"`constraints` can be combined with max_min, weighted_sum or cvar, not with {self.welfare}."
             )
         beyond = self.welfare != "max_min" or self.constraints
-        if self.objective == "achieved" and (self.estimator == "bsmd" or gains_over_reference):
+        if self.objective == "achieved" and self.estimator == "bsmd":
             raise ValueError(
-                '`objective="achieved"` needs `estimator="mis"`, and a max-min, a weighted sum or CVaR; got '
-                f"estimator={self.estimator!r} and welfare={self.welfare!r}."
+                '`objective="achieved"` needs `estimator="mis"`. Mirror descent, `estimator="bsmd"`, takes `objective="reward"` '
+                'or "implicit".'
+            )
+        if self.objective == "achieved" and self.mixing == "sequence" and gains_over_reference:
+            raise ValueError(
+                f'`mixing="sequence"` with `objective="achieved"` needs a max-min, a weighted sum or CVaR; got '
+                f"welfare={self.welfare!r}."
             )
         if self.objective == "implicit" and (gains_over_reference or self.constraints):
             raise ValueError(
@@ -324,6 +421,15 @@ class MPOConfig(TrainingArguments):
             raise ValueError(
                 f"`welfare={self.welfare!r}`, `constraints={self.constraints}`, `normalize_rewards={scale!r}` need "
                 '`estimator="mis"`; mirror descent maximizes the max-min only.'
+            )
+
+    def check_batch_size(self, name: str) -> None:
+        """Raises an error unless the batch size `name` is a multiple of `num_generations`."""
+        size = getattr(self, name)
+        if size < 1 or size % self.num_generations:
+            raise ValueError(
+                f"`{name}` counts completions and must be a multiple of `num_generations`, as a device draws all completions "
+                f"of a prompt; got {size} with num_generations={self.num_generations}. Leave it out for a size that fits."
             )
 
     def step_size(self, num_steps: int) -> float:

@@ -16,27 +16,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_callback import ExportableState
 
 from ..estimation import Certificate
+from ..estimation.comparison import Comparison
 from ..estimation.objectives import dual_objective, implicit_dual_objective, on_policy_objective
 from ..estimation.optim import ExactMinimizer, MirrorDescent
 from ..mixture.component_loading import Policy
 from ..mixture.modeling_mixture import MixturePolicyModel
 from ..mixture.tokenizer_loading import load_mixture_tokenizer
 from ..rewards import RewardModelSpec, make_reward_functions, normalize_rewards
-from ..rollouts import eos_token_ids
+from ..rollouts import Completions, eos_token_ids
 from ..rollouts.store import GivenRows, RolloutStore, given_rollouts
-from .checks import check_arguments, check_mixture
+from .checks import check_arguments, check_mixture, drawn_temperature, set_decoding, use_dtype_of_policies
+from .decoded_estimator import DecodedEstimator
 from .fit_logging import FitLogging
-from .fit_problem import FitProblem
+from .fit_problem import DecodedRows, FitProblem
+from .fit_summary import FitSummary
 from .loading import load_policies, objective_names
 from .mpo_config import MPOConfig
-from .progress import show_plain_numbers
-from .rollout_fit import FitContext, RolloutFit
+from .progress import show_short_lines
+from .rollout_fit import COMPARE_EVERY, MIN_PROMPTS, FitContext, RolloutFit
 from .sampling import CompletionSampling, columns_of
 from .saving import MixtureSaving
 
-
-# Minimum number of prompts for the bootstrap bound of the duality gap.
-MIN_PROMPTS = 10
 
 RewardFunc = Callable | str | PreTrainedModel | RewardModelSpec
 
@@ -80,8 +80,9 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
         rollouts (`str`, `os.PathLike` or [`~datasets.Dataset`], *optional*):
             Completions to fit to instead of prompts, with `estimator="mis"`: the folder `_rollouts` of an earlier fit, or a
             table with the columns `prompt` and `completion` (or better, `completion_ids`). Missing columns are computed:
-            `policy_logps`, `reference_logps`, and `rewards` if `reward_funcs` are given. Without `proposal_logps`, the
-            completions are assumed to be drawn from the reference policy.
+            `policy_logps`, `reference_logps`, and `rewards` if `reward_funcs` are given. A completion without
+            `proposal_logps` is assumed to be drawn from the reference policy, at `args.temperature`. Equal prompts, with equal
+            further columns, count as one, unless their `prompt_key` ends in different numbers, `#1`, `#2`, ..., as in a store.
 
     Raises:
         `ValueError`: for arguments that do not fit together, before anything is sampled.
@@ -110,6 +111,7 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
     _tag_names = ["mpo", "mpo_hf"]
     args: MPOConfig
     model: MixturePolicyModel
+    _expansion_error: float | None = None
 
     def __init__(
         self,
@@ -129,7 +131,7 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
             reward_funcs = [] if reward_funcs is None else [reward_funcs]
         check_arguments(args, model, reward_funcs, train_dataset, eval_dataset, rollouts is not None)
         model, self.reference_policy = load_policies(model, ref_model, args)
-        check_mixture(args, model, self.reference_policy, reward_funcs)
+        check_mixture(args, model, self.reference_policy, reward_funcs, rollouts is not None)
         self.reward_functions = (
             make_reward_functions(reward_funcs, processing_classes=reward_processing_classes) if reward_funcs else []
         )
@@ -141,6 +143,7 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
         self._is_given, given_store = rollouts is not None, None
         if self._is_given:
             train_dataset, given_store = given_rollouts(rollouts, self.objective_names)
+        set_decoding(args, model.generation_config, given_store)
 
         # λ is kept outside the model: nothing in the model is trained, and float64 makes resuming exact
         self.weights = nn.Parameter(torch.tensor(model.config.mixture_weights, dtype=torch.float64))
@@ -168,14 +171,15 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
             self._check_prompt_lengths(train_dataset)
         for reward in self.reward_functions:
             reward.to(self.accelerator.device)
-        self._config_is_shared = False
+        self._config_is_shared = self.takes_best_step = False
         self.rollout_fit = self._make_rollout_fit(given_store) if args.estimator == "mis" else None
-        show_plain_numbers(self)
+        show_short_lines(self)
         self.add_callback(_FitState)
         self.add_callback(_MirrorDescentCallback(self))
 
     def _freeze_model(self) -> None:
         """Nothing in the model is trained, and DDP refuses to wrap such a model."""
+        use_dtype_of_policies(self.accelerator)
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.model_accepts_loss_kwargs = False
         self.model.requires_grad_(False)
@@ -184,11 +188,12 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
 
     def _make_rollout_fit(self, given_store: RolloutStore | None) -> RolloutFit:
         config, reference = self.model.config, self.model.config.reference
+        temperature = drawn_temperature(self.args, given_store)
         info = {  # what completions belong to
             "objectives": self.objective_names,
             "policies": [component.to_dict() for component in config.components],
             "reference": reference.to_dict() if reference is not None else None,
-            "temperature": self.args.temperature,
+            "temperature": temperature,
             "max_completion_length": self.args.max_completion_length,
         }
         if given_store is not None:
@@ -201,7 +206,10 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
             accelerator=self.accelerator,
             policy_logps=self.policy_logps,
             mixture_logps=self.mixture_logps,
+            normalizers=self.normalizers,
             reference_logps=self.reference_logps if self.reference_policy is not None else None,
+            reference_proposal_logps=self.reference_proposal_logps if self.reference_policy is not None else None,
+            temperature=temperature,
             is_given=self._is_given,
         )
         # Trainer does not push folders that begin with an underscore: prompts and completions may be private
@@ -211,6 +219,43 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
     def certificate(self) -> Certificate | None:
         """The quality of the weights, with `estimator="mis"`: a bound of the duality gap, standard errors, rewards."""
         return self.rollout_fit.certificate if self.rollout_fit is not None else None
+
+    @property
+    def comparisons(self) -> dict[str, Comparison] | None:
+        """
+        What the fitted weights reach, against uniform weights, each policy and the reference: estimates from the completions of
+        the fit. For fits to what is decoded.
+        """
+        estimator = self.rollout_fit.estimator if self.rollout_fit is not None else None
+        if not isinstance(estimator, DecodedEstimator):
+            return None
+        return estimator.compare(self.fitted_weights(), self.args.beta)
+
+    def summary(self) -> FitSummary:
+        """The end of the fit: why it ended, what it rests on, what it reaches, and what to do next."""
+        fit = self.rollout_fit
+        return FitSummary(
+            args=self.args,
+            objectives=self.objective_names,
+            weights=self.fitted_weights(),
+            step=self.state.global_step,
+            max_steps=self.state.max_steps,
+            has_converged=self.has_converged(),
+            is_given=self._is_given,
+            num_prompts=len(fit.columns.prompts) if fit is not None else 0,
+            num_completions=len(fit.columns) if fit is not None else 0,
+            effective_completions=fit.effective_completions if fit is not None else None,
+            certificate=self.certificate,
+            comparisons=self.comparisons,
+            expansion_error=self._expansion_error,
+        )
+
+    @torch.no_grad()
+    def check_expansion(self) -> None:
+        """Scores some completions under the fitted weights, to check what the fit has assumed of them."""
+        self.model.eval()
+        if self.rollout_fit is not None:
+            self._expansion_error = self.rollout_fit.expansion_error(self.fitted_weights())
 
     # ---- data ----
 
@@ -229,7 +274,11 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if dataset is None:
             raise ValueError("Evaluation needs an `eval_dataset`.")
+        self.args.check_batch_size("per_device_eval_batch_size")
         return self._prompt_dataloader(dataset, self.args.eval_prompts_per_device, shuffle=False)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        return self.get_eval_dataloader(test_dataset)
 
     def _prompt_dataloader(
         self,
@@ -274,11 +323,15 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
         self.model.eval()  # Trainer puts the model into training mode, and policies must not use dropout
         completions = self.sample(inputs, weights.detach())
         rewards = self.score_rewards(inputs, completions) if self.reward_functions else None
+        if mode == "train" and args.objective == "reward":
+            self.problem.exclude_from_flat(rewards, args.num_generations)
+            if self.state.global_step + 1 == self.state.max_steps:
+                self.problem.warn_of_flat_objectives()
         shape = (len(inputs), args.num_generations)
         pooled_logps, proposal_logps = completions.pooled_logps.view(shape), completions.proposal_logps.view(shape)
         if args.objective == "implicit":
             policy_logps = self.policy_logps(completions).view(*shape, -1)
-            loss, log_weights = implicit_dual_objective(weights, policy_logps, proposal_logps)
+            loss, log_weights = implicit_dual_objective(weights, policy_logps, proposal_logps, self.objective_names)
         elif args.proposal == "mixture":
             advantages = (rewards.view(*shape, -1) - self.reward_offsets) / args.beta
             reference_logps = self.reference_logps(completions).view(shape)
@@ -295,25 +348,38 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
     def _rollout_loss(self, inputs: list[dict[str, Any]]) -> torch.Tensor:
         """The loss on all completions so far, after those of the prompts in `inputs` have been added."""
         self.model.eval()
-        known = None
+        step, known, proposals = self.state.global_step + 1, None, None
         if self._is_given:
             completions, known = self._given_completions(inputs), columns_of(inputs)
         else:
-            completions = self.sample(inputs, torch.tensor(self.rollout_fit.proposal, dtype=torch.float64))
+            proposals = self.rollout_fit.row_proposals(len(inputs) * self.args.num_generations)
+            completions = self.sample(inputs, torch.tensor(proposals, dtype=torch.float64))
         rewards = self._known_rewards(known)
         if self.reward_functions:
             rewards = self.score_rewards(inputs, completions)
-        step = self.state.global_step + 1
-        self.rollout_fit.collect(step, self._repeated(inputs, completions), completions, rewards, known)
+        self.rollout_fit.collect(step, self._repeated(inputs, completions), completions, rewards, known, proposals)
+        if not self._is_given and self.rollout_fit.draws_reference(step):
+            self._collect_reference(step, inputs)
         self.rollout_fit.prepare_estimator(is_last=step == self.state.max_steps and self.accelerator.sync_gradients)
         self._record_completions("train", completions, rewards)
         return self.rollout_fit.loss(self.weights)
 
+    def _collect_reference(self, step: int, inputs: list[dict[str, Any]]) -> None:
+        """Completions of the reference for the prompts in `inputs`, to compare the mixture with."""
+        count = max(1, self.args.num_generations // COMPARE_EVERY)
+        completions = self.sample_reference(inputs, count)
+        rewards, examples = self.score_rewards(inputs, completions), self._repeated(inputs, completions)
+        keys = [key for key in self.rollout_fit.keys[:: self.args.num_generations] for _ in range(count)]
+        self.rollout_fit.collect(step, examples, completions, rewards, proposals=[()] * len(completions), keys=keys)
+
     def _evaluation_loss(self, inputs: list[dict[str, Any]]) -> torch.Tensor:
         """The loss on completions of the prompts in `inputs` alone, by the estimator of the fit."""
         args = self.args
-        completions = self.sample(inputs, torch.tensor(self.model.config.mixture_weights, dtype=torch.float64))
-        known = {}
+        own = self.model.config.mixture_weights
+        completions = self.sample(inputs, torch.tensor(own, dtype=torch.float64))
+        known: dict[str, Any] = {}
+        if self.problem.is_decoded:
+            known["decoded"] = self._decoded_rows_of(completions)
         if args.objective != "implicit":
             known["reference_logps"] = self.reference_logps(completions)
         if args.objective != "reward":
@@ -325,9 +391,25 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
         weights = self.problem.objective_weights(self.model.config.mixture_weights)
         loss = estimator.loss(weights)
         self._record_loss("eval", loss)
-        self.record("eval", "effective_sample_size", torch.tensor([estimator.effective_sample_fraction(weights)]))
+        self._record_effect(
+            "eval", estimator.effective_sample_fraction(weights), estimator.effective_completions(weights)
+        )
         self._record_completions("eval", completions, known.get("rewards"))
         return loss
+
+    def _decoded_rows_of(self, completions: Completions) -> DecodedRows:
+        """Completions that the mixture, or the reference, has just drawn."""
+        own = tuple(self.model.config.mixture_weights)
+        if completions.normalizers is None or completions.normalizers.isnan().any():
+            completions.policy_logps, completions.normalizers = self.normalizers(completions, own)
+        is_mixture = self.args.proposal == "mixture"
+        return DecodedRows(
+            proposal=torch.zeros(len(completions), dtype=torch.long),
+            proposals=[own if is_mixture else ()],
+            own_logps=completions.proposal_logps,
+            normalizers=completions.normalizers,
+            current=own if is_mixture else (),
+        )
 
     def prediction_step(
         self,
@@ -400,6 +482,14 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
         with torch.no_grad():
             self.weights.copy_(self.problem.objective_weights(self.model.config.mixture_weights))
 
+    def take_weights_of_model(self) -> None:
+        """Makes the weights of the model, those of an earlier step, the result of the fit, and certifies them."""
+        with torch.no_grad():
+            self.weights.copy_(self.problem.objective_weights(self.model.config.mixture_weights))
+        self.takes_best_step = True
+        if self.rollout_fit is not None:
+            self.rollout_fit.certify_anew(self.weights.detach())
+
     # ---- the optimizer ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -410,9 +500,9 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
         return self.optimizer
 
     def fitted_weights(self) -> torch.Tensor:
-        """The result so far, shape `(K,)`, float64: the average of the iterates, or the last one."""
+        """The result so far, shape `(K,)`, float64: the average of the iterates, the last one, or that of the best step."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if not isinstance(optimizer, MirrorDescent) or not self.args.average_iterates:
+        if not isinstance(optimizer, MirrorDescent) or not self.args.average_iterates or self.takes_best_step:
             return self.weights.detach().clone()
         return optimizer.average(self.weights)
 
@@ -420,10 +510,13 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
         """Whether the bound of the duality gap is below `args.tolerance`. Never true if all completions are given."""
         # the weights of a weighted sum are given, and the fit only measures what they reach
         known = self.args.welfare == "weighted_sum" and self.args.objective != "achieved"
-        if self.certificate is None or self._is_given or known:
+        if self.certificate is None or self._is_given or known or not self.args.tolerance:
             return False
+        bound = self.certificate.duality_gap_bound
+        if self.problem.is_decoded:
+            bound = self.certificate.optimality_gap_bound
         enough = self.rollout_fit.num_prompts >= MIN_PROMPTS
-        return enough and self.certificate.duality_gap_bound <= self.args.tolerance
+        return enough and bound is not None and bound <= self.args.tolerance
 
     def floating_point_ops(self, inputs: list[dict[str, Any]]) -> int:
         return 0  # the cost depends on the completions, and Trainer would count the prompts
@@ -436,9 +529,19 @@ class _MirrorDescentCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.takes_best_step = False
         self.trainer.prepare_reward_offsets()
         if self.trainer.rollout_fit is not None:
             self.trainer.begin_rollouts()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer.rollout_fit is not None:
+            self.trainer.rollout_fit.begin_epoch(state.global_step + 1, state.epoch or 0)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and state.global_step:
+            self.trainer.check_expansion()
+            print("\n".join(["", *self.trainer.summary().lines(), ""]), flush=True)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         weights = self.trainer.weights

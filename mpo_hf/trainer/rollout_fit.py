@@ -1,7 +1,10 @@
 """A fit to all completions so far: their numbers, the estimate from them, the next proposal, and the certificate."""
 
 import hashlib
+import itertools
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,19 +14,33 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from ..estimation import Certificate
+from ..estimation import Certificate, InfeasibleError
+from ..estimation.decoded import num_terms
 from ..mixture.modeling_mixture import MixturePolicyModel
 from ..rollouts import Completions, completion_texts, pad_completions
 from ..rollouts.columns import GROWTH, Proposal, RolloutColumns
-from ..rollouts.store import COLUMNS, RolloutStore, first_id
+from ..rollouts.store import COLUMNS, STEP_BITS, RolloutStore, first_id
+from .decoded_estimator import DecodedEstimator
 from .estimators import Estimator
-from .fit_problem import FitProblem
+from .fit_problem import DecodedRows, FitProblem
 from .mpo_config import MPOConfig
 
 
+logger = logging.get_logger(__name__)
+
+# Minimum number of prompts for the bootstrap bound of the duality gap, and for warnings about their rewards.
+MIN_PROMPTS = 10
 # Weight of the uniform mixture in a new proposal, so that no policy is left out of the sampling.
 DEFENSIVE_SHARE = 0.1
+# For fits to what is decoded: one in so many completions is drawn from a single policy, from each in turn, to compare the
+# mixture with, and in one of so many steps, as large a share on top of it from the reference.
+COMPARE_EVERY = 8
+# How many completions are scored at the end of a fit, to check the log-probabilities that it has used: one in so many, within
+# these limits.
+CHECK_EVERY, LEAST_CHECKED, MOST_CHECKED = 16, 4, 32
+REFERENCE_EVERY = 2
 
 
 @dataclass(frozen=True)
@@ -42,8 +59,13 @@ class FitContext:
             last component of the mixture.
         mixture_logps (`Callable`):
             The same for policies, and the log-probabilities under S mixtures, of shape `(N, S)`.
+        normalizers (`Callable`):
+            The same for policies, and the normalizers around given weights, of shape `(N, E)`.
         reference_logps (`Callable`, *optional*):
             Log-probabilities of N completions under the reference policy, shape `(N,)`; `None` without a reference.
+        reference_proposal_logps (`Callable`, *optional*):
+            The same for completions that are drawn from the reference policy at the temperature of the fit.
+        temperature (`float`): the temperature that completions are drawn at, or that given ones were drawn at.
         is_given (`bool`): whether the fit is to given completions, and draws none.
     """
 
@@ -54,7 +76,10 @@ class FitContext:
     accelerator: Accelerator
     policy_logps: Callable[[Completions], torch.Tensor]
     mixture_logps: Callable[[Completions, Sequence[Proposal]], tuple[torch.Tensor, torch.Tensor]]
+    normalizers: Callable[[Completions, Proposal], tuple[torch.Tensor, torch.Tensor]]
     reference_logps: Callable[[Completions], torch.Tensor] | None
+    reference_proposal_logps: Callable[[Completions], torch.Tensor] | None
+    temperature: float
     is_given: bool
 
 
@@ -75,12 +100,27 @@ class RolloutFit:
         self._value: tuple[Estimator, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self.certificate: Certificate | None = None
         self.effective_sample_fraction: float | None = None
+        self.effective_completions: float | None = None
         self.proposal: Proposal = self._first_proposal()
-        self._fitted_rows, self._is_new = 0, False
+        self._fitted_rows, self._is_new, self._is_last = 0, False, False
+        self._has_warned = False
         self._step, self._micro_batch = -1, 0
+        # the first step of the epoch, how often each prompt has been visited in it, and whether a run resumes within it
+        self._epoch_step, self._visits, self._is_resumed = 0, Counter[str](), False
 
     def _first_proposal(self) -> Proposal:
-        return tuple(self.context.model.config.mixture_weights) if self.context.args.proposal == "mixture" else ()
+        if self.context.args.proposal == "reference":
+            return ()
+        weights, problem = self.context.model.config.mixture_weights, self.context.problem
+        if problem.is_decoded and 0 in weights:
+            return self._defensive(problem.objective_weights(weights))
+        return tuple(weights)
+
+    def _defensive(self, weights: torch.Tensor) -> Proposal:
+        """A mixture near given weights of the objectives that every component takes part in."""
+        problem = self.context.problem
+        uniform = torch.full_like(weights, 1 / problem.num_components)
+        return tuple(problem.mixture_weights((1 - DEFENSIVE_SHARE) * weights + DEFENSIVE_SHARE * uniform).tolist())
 
     # ---- starting, and resuming from a checkpoint ----
 
@@ -113,13 +153,55 @@ class RolloutFit:
                 self.columns.extend_densities(rows)
         if len(self.columns) and state is not None:
             self.proposal, self._fitted_rows = tuple(state["proposal"]), state["fitted_rows"]
+            self._epoch_step, self._is_resumed = state.get("epoch_step", step), True
+            in_epoch = self.columns["id"] >> STEP_BITS >= self._epoch_step
+            keys = list(self.columns.prompts)
+            self._visits = Counter(_content(keys[i]) for i in set(self.columns["prompt"][in_epoch].tolist()))
             self.estimator = self.make_estimator(self._fitted_rows)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint saves of the fit. Completions are in the store."""
-        return {"proposal": list(self.proposal), "fitted_rows": self._fitted_rows}
+        return {
+            "proposal": list(self.proposal),
+            "fitted_rows": self._fitted_rows,
+            "epoch_step": self._epoch_step,
+        }
+
+    def begin_epoch(self, step: int, epochs: float) -> None:
+        """
+        Begins a pass over the prompts. In each, a prompt is visited as often as it stands in the dataset.
+
+        Args:
+            step (`int`): the first step of the pass, or the next one, if a run resumes within a pass.
+            epochs (`float`): the number of passes so far.
+        """
+        if not (self._is_resumed and epochs % 1):
+            self._epoch_step, self._visits = step, Counter()
+        self._is_resumed = False
 
     # ---- one step ----
+
+    def row_proposals(self, count: int) -> list[Proposal]:
+        """
+        The proposal of each of the next completions of this process.
+
+        Args:
+            count (`int`): how many completions.
+        """
+        problem = self.context.problem
+        if not problem.is_decoded or not self.proposal or count < COMPARE_EVERY:
+            return [self.proposal] * count
+        first = len(self.columns) + self.context.accelerator.process_index * count
+        singles = [
+            tuple(problem.mixture_weights(corner).tolist())
+            for corner in torch.eye(problem.num_objectives, dtype=torch.float64)
+        ]
+        places = [divmod(first + i, COMPARE_EVERY) for i in range(count)]
+        return [singles[turn % len(singles)] if at == COMPARE_EVERY - 1 else self.proposal for turn, at in places]
+
+    def draws_reference(self, step: int) -> bool:
+        """Whether this step also draws completions from the reference, to compare the mixture with."""
+        return self.context.problem.is_decoded and bool(self.proposal) and step % REFERENCE_EVERY == 1
 
     def collect(
         self,
@@ -128,9 +210,12 @@ class RolloutFit:
         completions: Completions,
         rewards: torch.Tensor | None,
         known: dict[str, list] | None = None,
+        proposals: Sequence[Proposal] | None = None,
+        keys: list[str] | None = None,
     ) -> None:
         """
-        Scores completions and keeps them. Earlier completions of the same prompts are scored under the current proposal.
+        Scores completions and keeps them. Earlier completions of the same prompts are scored under the current proposal, unless
+        the fit is to what is decoded: their log-probabilities under other mixtures then follow from their normalizers.
 
         Args:
             step (`int`): the step that they belong to.
@@ -138,29 +223,82 @@ class RolloutFit:
             completions ([`Completions`]): N completions.
             rewards (`torch.Tensor` of shape `(N, K)`, *optional*): their rewards.
             known (`dict[str, list]`, *optional*): the columns that given completions come with.
+            proposals (`Sequence`, *optional*): the proposal of every completion. Defaults to the current one.
+            keys (`list[str]`, *optional*): keys of the prompts, of completions that come on top of those of an earlier call.
         """
         part = self._next_part(step)
         first = first_id(step, part)
+        self.keys = keys = self._keys(examples, known) if keys is None else keys
         rows = {
             "id": known["id"] if known else list(range(first, first + len(completions))),
             "step": [step] * len(completions),
-            "prompt_key": [prompt_key(example) for example in examples],
+            "prompt_key": keys,
             "rewards": [None] * len(completions) if rewards is None else rewards.tolist(),
+            "normalizers": [None] * len(completions),
         }
-        keys, densities = rows["prompt_key"], _density_rows([], [], torch.empty(0, 0))
+        densities = _density_rows([], [], torch.empty(0, 0))
         if not known:
-            mixtures = self._mixtures_of(keys)
-            scores, pooled = self._score(completions, keys, mixtures)
-            rows |= scores | {
-                "proposal": [list(self.proposal)] * len(completions),
-                "proposal_logps": completions.proposal_logps.tolist(),
-            }
-            for found in (_density_rows(rows["id"], mixtures, pooled), self._densities_of_earlier(keys)):
-                densities = {name: densities[name] + found[name] for name in densities}
+            drawn = [self.proposal] * len(completions) if proposals is None else proposals
+            rows |= {"proposal": list(map(list, drawn)), "proposal_logps": completions.proposal_logps.tolist()}
+            if self.context.problem.is_decoded:
+                rows |= self._decoded_columns(completions, keys, drawn)
+            else:
+                mixtures = self._mixtures_of(keys)
+                scores, pooled = self._score(completions, keys, mixtures)
+                rows |= scores
+                for found in (_density_rows(rows["id"], mixtures, pooled), self._densities_of_earlier(keys)):
+                    densities = {name: densities[name] + found[name] for name in densities}
         else:
-            rows = self._complete(completions, keys, known) | rows  # new rewards replace the given ones
+            found = self._complete(completions, keys, known)
+            # new rewards replace the given ones
+            rows = found | {
+                name: values for name, values in rows.items() if name != "normalizers" or name not in found
+            }
         self._write(step, part, examples, completions, rows, densities)
         self._share(rows, densities)
+
+    def _decoded_columns(
+        self, completions: Completions, keys: Sequence[str], proposals: Sequence[Proposal]
+    ) -> dict[str, list]:
+        """
+        Log-probabilities and normalizers of completions for a fit to what is decoded. Those of the mixture were recorded while
+        it decoded; the reference's own ones need none, unless it is the proposal.
+        """
+        if completions.normalizers is None and self.proposal:
+            unknown: list = [None] * len(completions)
+            known = {"policy_logps": unknown, "reference_logps": completions.proposal_logps.tolist()}
+            if self.context.args.temperature != 1:
+                known["reference_logps"] = self.context.reference_logps(completions).tolist()
+            return known | {"normalizers": unknown}
+        if completions.normalizers is None or completions.normalizers.isnan().any():
+            anchor = self._anchor(proposals[0])
+            completions.policy_logps, completions.normalizers = self.context.normalizers(completions, anchor)
+        return self._single_logps(completions, keys, {}) | {"normalizers": completions.normalizers.tolist()}
+
+    def _anchor(self, proposal: Proposal) -> Proposal:
+        """The weights around which the normalizers of completions of a proposal are expanded."""
+        if len(proposal) == self.context.problem.num_components:
+            return proposal
+        return self._defensive(self.context.problem.objective_weights(self.context.model.config.mixture_weights))
+
+    def _keys(self, examples: list[dict[str, Any]], known: dict[str, list] | None) -> list[str]:
+        """
+        The keys of prompts. A prompt that stands several times in the dataset has as many keys, and so weighs as much as its rows;
+        in later epochs, it has the same ones again.
+        """
+        keys = [prompt_key(example) for example in examples]
+        if known:
+            stored = known.get("prompt_key", [None] * len(keys))
+            return [key + _repetition(of_store) for key, of_store in zip(keys, stored)]
+        count = self.context.args.num_generations
+        own, index = [], self.context.accelerator.process_index
+        for process, visited in enumerate(gather_object([keys[::count]])):
+            for key in visited:
+                repetition = self._visits[key]
+                self._visits[key] += 1
+                if process == index:
+                    own += [f"{key}#{repetition}" if repetition else key] * count
+        return own
 
     def _next_part(self, step: int) -> int:
         """The number of the next batch of this process among all batches of a step."""
@@ -199,16 +337,61 @@ class RolloutFit:
 
     def _objective_logps(self, completions: Completions) -> torch.Tensor:
         """Log-probabilities under the policies, without the reference that the mixture may have as its last component."""
-        return self.context.policy_logps(completions)[:, : self.context.problem.num_objectives]
+        problem = self.context.problem
+        logps = self.context.policy_logps(completions)[:, : problem.num_objectives]
+        if logps.isnan().any():  # which would count as unknown
+            name = problem.objectives[int(logps.isnan().any(0).nonzero()[0])]
+            raise ValueError(
+                f"The policy of {name!r} gives NaN as the log-probability of a completion. Check its weights and its dtype, "
+                "as float16 overflows."
+            )
+        return logps
 
     def _complete(self, completions: Completions, keys: Sequence[str], known: dict[str, list]) -> dict[str, list]:
         """All columns of given completions: those that they come with, and those that are computed."""
         rows = {name: values for name, values in known.items() if name in COLUMNS}
         rows |= self._single_logps(completions, keys, known)
-        if None in rows.get("proposal_logps", [None]):  # the documented default: drawn from the reference
-            rows["proposal_logps"] = rows["reference_logps"]
-        rows["proposal"] = [weights or [] for weights in rows.get("proposal", [None] * len(completions))]
+        rows |= self._complete_proposals(completions, known, rows["reference_logps"])
+        if self.context.problem.is_decoded:
+            rows["normalizers"] = self._complete_normalizers(completions, rows)
         return rows
+
+    def _complete_proposals(
+        self, completions: Completions, known: dict[str, list], reference_logps: list[float | None]
+    ) -> dict[str, list]:
+        """What given completions were drawn from: the reference policy, where they come without `proposal_logps`."""
+        logps = list(known.get("proposal_logps", [None] * len(completions)))
+        proposals = list(known.get("proposal", [None] * len(completions)))
+        missing = [row for row, value in enumerate(logps) if value is None]
+        for row in missing:
+            if proposals[row]:
+                raise ValueError(
+                    f"A completion has the `proposal` {list(proposals[row])}, weights of a mixture, but no `proposal_logps`. "
+                    "Add its log-probability under that mixture, or leave out `proposal` if the reference drew it."
+                )
+            proposals[row] = []
+            logps[row] = reference_logps[row] if self.context.temperature == 1 else None
+        unknown = [row for row in missing if logps[row] is None]
+        if unknown and self.context.reference_proposal_logps is None:
+            raise ValueError(
+                f"{len(unknown)} of {len(logps)} completions have no `proposal_logps`, and there is no reference policy that "
+                "could have drawn them. Add that column, or pass `ref_model`."
+            )
+        _fill(logps, unknown, completions, self.context.reference_proposal_logps)
+        return {"proposal_logps": logps, "proposal": proposals}
+
+    def _complete_normalizers(self, completions: Completions, rows: dict[str, list]) -> list[list[float]]:
+        """The normalizers of given completions: those that they come with, and those that are computed, by their proposals."""
+        size = num_terms(self.context.problem.num_components)
+        found = [
+            values if values is not None and len(values) == size else None for values in rows.get("normalizers") or []
+        ]
+        found = found or [None] * len(completions)
+        anchors = [self._anchor(tuple(weights or ())) for weights in rows["proposal"]]
+        for anchor in dict.fromkeys(anchors):
+            missing = [i for i, value in enumerate(found) if value is None and anchors[i] == anchor]
+            _fill(found, missing, completions, lambda part, anchor=anchor: self.context.normalizers(part, anchor)[1])
+        return found
 
     def _mixtures_of(self, keys: Sequence[str]) -> list[Proposal]:
         """The mixtures, other than the current proposal, that drew earlier completions of these prompts."""
@@ -274,8 +457,44 @@ class RolloutFit:
             if values.numel() and (name == "policy_logps" or not values.isnan().any())
         }
         prompt = torch.from_numpy(self.columns["prompt"][:rows]).long()
-        densities = torch.from_numpy(self.columns.log_densities(rows, self.context.args.temperature == 1))
+        if self.context.problem.is_decoded:
+            decoded = self._decoded_rows(rows)
+            return self.context.problem.make_estimator(prompt, decoded.own_logps, **known, decoded=decoded)
+        densities = torch.from_numpy(self.columns.log_densities(rows, self.context.temperature == 1))
         return self.context.problem.make_estimator(prompt, densities, **known)
+
+    def _decoded_rows(self, rows: int) -> DecodedRows:
+        return DecodedRows(
+            proposal=torch.from_numpy(self.columns["proposal"][:rows]).long(),
+            proposals=list(self.columns.proposals),
+            own_logps=torch.from_numpy(self.columns["proposal_logps"][:rows]),
+            normalizers=torch.from_numpy(self.columns["normalizers"][:rows]),
+            current=self._last_mixture(rows) if self.context.is_given else self.proposal,
+        )
+
+    def expansion_error(self, weights: torch.Tensor) -> float | None:
+        """
+        The root mean square error of the log-probabilities of the last completions under the mixture with given weights of the
+        objectives, which follow from their normalizers to second order: a pass of the policies tells the exact ones.
+        """
+        if not isinstance(self.estimator, DecodedEstimator) or self.context.is_given:
+            return None
+        target = self.context.problem.mixture_weights(weights)
+        expanded = self.estimator.completions.logps(target)
+        count = min(max(len(expanded) // CHECK_EVERY, LEAST_CHECKED), MOST_CHECKED)
+        rows = (expanded > -torch.inf).nonzero().squeeze(-1)[-count:]
+        completions = self._completions_of(self.columns["id"][rows.numpy()].tolist())
+        _, exact = self.context.mixture_logps(completions, [target.tolist()])
+        return (expanded[rows] - exact[:, 0]).square().mean().sqrt().item()
+
+    def _last_mixture(self, rows: int) -> Proposal:
+        """The last mixture that drew any of the first completions; `()` if none did."""
+        size, proposals = self.context.problem.num_components, list(self.columns.proposals)
+        for index in dict.fromkeys(self.columns["proposal"][:rows][::-1].tolist()):
+            weights = proposals[index]
+            if weights is not None and len(weights) == size and max(weights) < 1:
+                return weights
+        return ()
 
     def loss(self, weights: torch.Tensor) -> torch.Tensor:
         """
@@ -298,9 +517,15 @@ class RolloutFit:
         return rewards if rewards.numel() and not rewards.isnan().any() else None
 
     @property
+    def origin(self) -> str:
+        """What drew the completions; see [`~mpo_hf.rollouts.columns.RolloutColumns`]. What will draw them, if there are none."""
+        return self.columns.origin if len(self.columns) else self.context.args.proposal
+
+    @property
     def num_prompts(self) -> int:
-        """How many prompts the estimate is made from."""
-        return self.estimator.table.num_prompts if self.estimator is not None else 0
+        """How many different prompts the estimate is made from."""
+        count = int(self.columns["prompt"][: self._fitted_rows].max(initial=-1)) + 1
+        return len({_content(key) for key in itertools.islice(self.columns.prompts, count)})
 
     def prepare_estimator(self, is_last: bool) -> None:
         """
@@ -315,10 +540,31 @@ class RolloutFit:
         if rows >= self._fitted_rows * (1 + growth) or (is_last and rows > self._fitted_rows):
             self.estimator = self._value = None  # so that two estimates are never in memory together
             self._fitted_rows, self.estimator, self._is_new = rows, self.make_estimator(), True
+            self._is_last = is_last
+            if is_last or self.num_prompts >= MIN_PROMPTS:
+                self.context.problem.warn_of_flat_objectives()
 
     def best(self, weights: torch.Tensor) -> torch.Tensor | None:
         """The weights that minimize a new estimate, given the current ones; `None` if they have been fitted to it already."""
-        return self.estimator.best(weights) if self._is_new else None
+        if not self._is_new:
+            return None
+        try:
+            best = self.estimator.best(weights)
+        except InfeasibleError as error:
+            if self._is_last:
+                raise
+            # rewards may be rare, and more completions may have them
+            self._is_new, self.certificate = False, None
+            if isinstance(self.estimator, DecodedEstimator) and self.proposal:
+                self.proposal = self._defensive(self.estimator.closest_to_feasible(weights))
+            if not self._has_warned:
+                logger.warning(f"{error} The weights stay as they are until completions show such a policy.")
+            self._has_warned = True
+            return None
+        if self._is_last:
+            self.context.problem.warn_of_weights(best)
+            self.context.problem.warn_of_own_gains()
+        return best
 
     def certify(self, weights: torch.Tensor) -> bool:
         """
@@ -334,6 +580,7 @@ class RolloutFit:
             return False
         args, self._is_new = self.context.args, False
         self.effective_sample_fraction = self.estimator.effective_sample_fraction(weights)
+        self.effective_completions = self.estimator.effective_completions(weights)
         if self.estimator.table.num_prompts > 1:
             self.certificate = self.estimator.certify(
                 weights,
@@ -345,10 +592,19 @@ class RolloutFit:
         self._renew_proposal(weights)
         return True
 
+    def certify_anew(self, weights: torch.Tensor) -> None:
+        """Certifies weights of the objectives other than those that were fitted, on all completions."""
+        self._is_new = self.estimator is not None
+        self.certify(weights)
+
     def _renew_proposal(self, weights: torch.Tensor) -> None:
-        if self.proposal and self.effective_sample_fraction < self.context.args.refresh_below:
-            defensive = (1 - DEFENSIVE_SHARE) * weights + DEFENSIVE_SHARE / len(weights)
-            self.proposal = tuple(self.context.problem.mixture_weights(defensive).tolist())
+        limit = self.context.args.refresh_below
+        if isinstance(self.estimator, DecodedEstimator):
+            is_stale = self.estimator.needs_new_proposal(weights, limit)
+        else:
+            is_stale = self.effective_sample_fraction < limit
+        if self.proposal and is_stale:
+            self.proposal = self._defensive(weights)
 
 
 def prompt_key(example: dict[str, Any]) -> str:
@@ -359,7 +615,19 @@ def prompt_key(example: dict[str, Any]) -> str:
 
 def in_share(key: str, share: float) -> bool:
     """Whether a prompt belongs to a share of all prompts. Its key alone decides, so every process and run agrees."""
+    key = _content(key)
     return int(key, 16) < share * 16 ** len(key)
+
+
+def _content(key: str) -> str:
+    """The part of a key that depends on the content of a prompt alone."""
+    return key.partition("#")[0]
+
+
+def _repetition(key: str | None) -> str:
+    """The part of a stored key that tells the rows of a dataset with one prompt apart: empty for the first of them."""
+    found = re.search(r"#\d+$", key or "")
+    return found[0] if found else ""
 
 
 def _fill(

@@ -8,10 +8,12 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from ..mixture.modeling_mixture import MixturePolicyModel
+from ..rewards.functions import given_rewards
 from ..rollouts import Completions, completion_texts, pad_completions, sample_completions, tokenize_prompts
 from ..rollouts.scoring import CompletionScorer
 from ..rollouts.store import COLUMNS
 from .mpo_config import MPOConfig
+from .progress import drawing_bar
 
 
 class CompletionSampling:
@@ -45,26 +47,43 @@ class CompletionSampling:
     # ---- completions ----
 
     def sample(self, inputs: list[dict[str, Any]], weights: torch.Tensor) -> Completions:
-        """Draws `num_generations` completions of every prompt from the proposal."""
+        """
+        Draws `num_generations` completions of every prompt from the proposal, a mixture with weights of shape `(M,)`, or of
+        shape `(N, M)` for weights of every completion; or else the reference.
+        """
         if self.args.proposal == "mixture":
             return self._sample_from(self.model, inputs, weights)
-        completions = self._sample_from(self.reference_policy, inputs, None)
+        return self.sample_reference(inputs, self.args.num_generations)
+
+    def sample_reference(self, inputs: list[dict[str, Any]], num_generations: int) -> Completions:
+        """Draws completions of every prompt from the reference."""
+        completions = self._sample_from(self.reference_policy, inputs, None, num_generations)
         completions.reference_logps = completions.pooled_logps
         return completions
 
     def _sample_from(
-        self, policy: MixturePolicyModel, inputs: list[dict[str, Any]], weights: torch.Tensor | None
+        self,
+        policy: MixturePolicyModel,
+        inputs: list[dict[str, Any]],
+        weights: torch.Tensor | None,
+        num_generations: int | None = None,
     ) -> Completions:
-        return sample_completions(
-            policy,
-            self._tokenize([example["prompt"] for example in inputs]),
-            num_generations=self.args.num_generations,
-            max_completion_length=self.args.max_completion_length,
-            pad_token_id=self.processing_class.pad_token_id,
-            eos_token_id=self._eos_token_ids,
-            temperature=self.args.temperature,
-            mixture_weights=weights,
-        )
+        args, hidden = self.args, self.args.disable_tqdm or not self.is_world_process_zero()
+        num_generations = num_generations or args.num_generations
+        count = len(inputs) * num_generations
+        with drawing_bar(count, args.max_completion_length, self._eos_token_ids, hidden) as on_token:
+            return sample_completions(
+                policy,
+                self._tokenize([example["prompt"] for example in inputs]),
+                num_generations=num_generations,
+                max_completion_length=args.max_completion_length,
+                pad_token_id=self.processing_class.pad_token_id,
+                eos_token_id=self._eos_token_ids,
+                temperature=args.temperature,
+                mixture_weights=weights,
+                with_normalizers=self.problem.is_decoded and policy is self.model,
+                on_token=on_token,
+            )
 
     def _given_completions(self, inputs: list[dict[str, Any]]) -> Completions:
         """The completions of a dataset. Texts are tokenized, and the end token is added."""
@@ -85,7 +104,7 @@ class CompletionSampling:
                 f"The rewards of {self.objective_names} are not all known from the rollouts. Pass `reward_funcs`."
             )
         rewards = known.get("rewards", [None]) if known else [None]
-        return None if None in rewards else torch.tensor(rewards, dtype=torch.float64)
+        return None if None in rewards else given_rewards(rewards, known["id"], self.objective_names)
 
     # ---- their scores ----
 
@@ -113,6 +132,10 @@ class CompletionSampling:
             completions, mixtures, self.args.temperature, self.args.logps_batch_size
         )
 
+    def normalizers(self, completions: Completions, weights: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities under every policy, shape `(N, K)`, and the normalizers around given weights, `(N, E)`."""
+        return self.policy_scorer.normalizers(completions, weights, self.args.temperature, self.args.logps_batch_size)
+
     def reference_logps(self, completions: Completions) -> torch.Tensor:
         """Log-probabilities under the reference policy, shape `(N,)`: recorded while sampling, or computed."""
         if completions.reference_logps is None:
@@ -123,6 +146,12 @@ class CompletionSampling:
                 scores = self.reference_scorer.logps(completions, self.args.logps_batch_size)
                 completions.reference_logps = scores[:, 0]
         return completions.reference_logps
+
+    def reference_proposal_logps(self, completions: Completions) -> torch.Tensor:
+        """Log-probabilities of completions when they are drawn from the reference policy at `args.temperature`, `(N,)`."""
+        args = self.args
+        _, logps = self.reference_scorer.mixture_logps(completions, [[1.0]], args.temperature, args.logps_batch_size)
+        return logps[:, 0]
 
     def score_rewards(
         self, inputs: list[dict[str, Any]], completions: Completions, objectives: Sequence[int] | None = None

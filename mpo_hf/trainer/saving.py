@@ -14,7 +14,7 @@ from ..mixture.configuration_mixture import MixturePolicyConfig
 from ..mixture.hub import carries_code, check_pushable, code_alongside, shared_config
 from ..mixture.model_card import add_tags, create_model_card
 from ..mixture.modeling_mixture import MixturePolicyModel
-from .fit_card import measured_rewards, save_plot
+from .fit_card import compared_rewards, measured_rewards, save_plot
 from .mpo_config import MPOConfig
 
 
@@ -76,9 +76,14 @@ class MixtureSaving:
         if not self.is_world_process_zero():
             return
         output_dir = output_dir if output_dir is not None else self.args.output_dir
-        rewards, note = measured_rewards(
-            self.state.log_history, self.args.proposal, self.certificate, self.objective_names
+        rewards, note = compared_rewards(self.summary()) or measured_rewards(
+            self.state.log_history, self.origin, self.certificate, self.objective_names, self._is_given
         )
+        if self.takes_best_step:
+            note += (
+                f"\nThe weights are those of step {self.state.best_global_step}, the best one by "
+                f"`{self.args.metric_for_best_model}`."
+            )
         card = create_model_card(
             self.model.config,
             self.hub_model_id or os.path.basename(os.path.abspath(output_dir)),
@@ -184,3 +189,4 @@ class MixtureSaving:
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self.take_weights_of_model()

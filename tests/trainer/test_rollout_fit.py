@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset, load_dataset
-from fits import FAR, Interrupt, count_b, count_c, fit, make_args, make_trainer
+from fits import FAR, Interrupt, count_b, count_c, fit, make_args, make_trainer, renewal
 from helpers import CLOSE, close, program
 from toy import PROMPTS, sequence_logps, toy_tokenizer
 from transformers import AutoModelForCausalLM, HfArgumentParser, QuantoConfig
@@ -36,7 +36,10 @@ def trainer(toy_folder, tmp_path):
         if mixture is None:
             policies = [toy_folder / label for label in LABELS]
             mixture = MixturePolicyModel.from_policies(policies, reference=toy_folder / "ref", labels=LABELS)
-        return make_trainer(mixture, tmp_path / name, **{"estimator": "mis", "num_resamples": 20, **kwargs})
+        options = {"estimator": "mis", **kwargs}
+        if options["estimator"] == "mis":
+            options = {"num_resamples": 20, **options}
+        return make_trainer(mixture, tmp_path / name, **options)
 
     return make
 
@@ -111,7 +114,8 @@ def test_everything_that_is_known_of_a_completion_is_kept(trainer, toy_folder, t
 @pytest.mark.parametrize("estimator", ["mis", "bsmd"])
 @pytest.mark.parametrize("proposal, told", [("mixture", "policy_scorer"), ("reference", "reference_scorer")])
 def test_what_sampling_has_told_is_not_computed(trainer, estimator, proposal, told):
-    run = trainer(estimator=estimator, proposal=proposal, normalize_rewards=False, refresh_below=0.0, max_steps=3)
+    options = {"estimator": estimator, "proposal": proposal, **renewal(estimator, proposal, 0.0)}
+    run = trainer(normalize_rewards=False, max_steps=3, **options)
     run.train()
     made = {name for name in vars(run) if name.endswith("_scorer")}
     assert told not in made
@@ -201,7 +205,14 @@ def test_without_scores_of_the_policies_the_weights_are_the_same(trainer, toy_fo
     assert whole.certificate.mixture_rewards is not None
     assert set(run.rollout_fit.store.read(("policy_logps",))["policy_logps"]) == {None}
     # what another objective needs is computed when it does
-    later = refit(toy_folder, tmp_path / "fast" / "_rollouts", tmp_path, objective="achieved", proposal="reference")
+    later = refit(
+        toy_folder,
+        tmp_path / "fast" / "_rollouts",
+        tmp_path,
+        objective="achieved",
+        mixing="sequence",
+        proposal="reference",
+    )
     later.train()
     assert later.certificate.of_mixture and later.certificate.mixture_rewards is not None
 
@@ -278,7 +289,7 @@ def test_a_later_fit_scores_what_is_not_scored_yet(trainer, toy_folder, tmp_path
         (later.certificate.mixture_rewards, whole.certificate.mixture_rewards),
     ]:
         torch.testing.assert_close(one, other, **CLOSE)
-    achieved = refit(toy_folder, store, tmp_path, "achieved", objective="achieved", score_policies=0)
+    achieved = refit(toy_folder, store, tmp_path, "achieved", objective="achieved", mixing="sequence")
     achieved.train()
     assert achieved.rollout_fit.estimator.mixture.rows is None and achieved.certificate.of_mixture
 
@@ -307,7 +318,7 @@ def test_only_prompts_that_are_scored_wholly_tell_what_a_mixture_reaches(tmp_pat
     alone = alone.certify(certificate.weights, certificate.weights, rewards[expected])
     for name in ("mixture_rewards", "mixture_reward_errors", "mixture_duality_gap", "mixture_duality_gap_error"):
         assert torch.equal(*(torch.as_tensor(getattr(c, name)) for c in (certificate, alone))), name
-    problem = FitProblem(make_args(tmp_path, estimator="mis", objective="achieved"), LABELS)
+    problem = FitProblem(make_args(tmp_path, estimator="mis", objective="achieved", mixing="sequence"), LABELS)
     with pytest.raises(ValueError, match="those of 1 of 8 are not numbers"):
         problem.make_estimator(prompt, zeros, policy_logps, zeros, rewards)
 
@@ -323,7 +334,9 @@ def test_shares_begin_with_no_prompt_and_end_with_all():
     "words, share", [([], 1.0), (["--score_policies", "0.25"], 0.25), (["--score_policies", "0"], 0.0)]
 )
 def test_the_share_is_a_number_on_the_command_line(tmp_path, words, share):
-    (args,) = HfArgumentParser(MPOConfig).parse_args_into_dataclasses(["--output_dir", str(tmp_path), *words])
+    (args,) = HfArgumentParser(MPOConfig).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--objective", "reward", *words]
+    )
     assert args.score_policies == share
 
 
@@ -406,9 +419,8 @@ def test_where_policies_lie_changes_nothing(trainer, toy_folder, tmp_path, estim
         mixture = MixturePolicyModel.from_policies(
             [toy_folder / label for label in LABELS], reference=toy_folder / "ref", labels=LABELS, **kwargs
         )
-        run = trainer(
-            place, mixture, estimator=estimator, proposal=proposal, refresh_below=1.0, max_steps=3, save_strategy="no"
-        )
+        options = {"estimator": estimator, "proposal": proposal, **renewal(estimator, proposal, 1.0)}
+        run = trainer(place, mixture, max_steps=3, save_strategy="no", **options)
         run.train()
         on_disk = [
             any(p.is_meta for p in policy.parameters()) for policy in (*run.policy_models, run.reference_policy)
@@ -449,7 +461,7 @@ def test_a_quantized_policy_beside_a_plain_one_is_fitted_as_it_is(trainer, toy_f
     "objective, proposal", [("reward", "mixture"), ("reward", "reference"), ("implicit", "mixture")]
 )
 def test_resuming_gives_the_same_to_the_last_bit(trainer, objective, proposal):
-    options = {"objective": objective, "proposal": proposal, "refresh_below": 0.98}
+    options = {"objective": objective, "proposal": proposal, **renewal("mis", proposal, 0.98)}
     whole = trainer("whole", **options)
     whole.train()
     with pytest.raises(KeyboardInterrupt):
