@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
+from transformers.utils import logging
 from trl import ScriptArguments
 
 from ..mixture.hub_files import Location
@@ -17,6 +18,8 @@ from ..trainer.fit_card import PLOT_NAME
 from .parser import CommandParser
 from .reward_arguments import parse_reward
 
+
+logger = logging.get_logger(__name__)
 
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -137,6 +140,8 @@ SECTIONS = {
     ],
     "the fit": [
         "objective",
+        "mixing",
+        "free_sum",
         "beta",
         "proposal",
         "welfare",
@@ -151,10 +156,7 @@ SECTIONS = {
         "max_completion_length",
         "temperature",
         "max_steps",
-        "step_scale",
-        "average_iterates",
         "per_device_train_batch_size",
-        "logps_batch_size",
         "eval_strategy",
         "seed",
     ],
@@ -178,6 +180,16 @@ TEXTS = {
     "dataset_streaming": "Stream the dataset instead of downloading it first.",
     "dataset_test_split": "The split for --eval_strategy.",
     "eval_strategy": "When to evaluate the mixture: no, steps or epoch; see also --eval_steps.",
+    "objective": "'achieved' (default): best for what this mixture reaches as generate() decodes it; 'reward': the paper's "
+    "theorem, for policies that are optimal for their rewards; 'implicit': the same without rewards.",
+    "mixing": "With 'achieved': mixed token by token ('token') or as whole completions ('sequence').",
+    "free_sum": "With 'achieved': leave the sum of the weights free.",
+    "proposal": "Draw completions from the 'reference' or from the 'mixture'.",
+    "normalize_rewards": "The scale on which rewards are compared: 'optimal', 'regret', 'reference', 'gain', 'z_score', 'win_rate' "
+    "or 'none'. The default depends on the welfare.",
+    "cvar_level": "Share of the objectives that CVaR is the mean of (default: 0.5)",
+    "per_device_train_batch_size": "Completions per device and step (default: about 32)",
+    "temperature": "Sampling temperature, of the fit and of what it is for.",
     "seed": "Seed of the sampling.",
     "output_dir": "Folder for the mixture and its checkpoints. Default: trainer_output.",
     "resume_from_checkpoint": "Folder of a checkpoint to resume from; 'true' for the last one in --output_dir.",
@@ -255,6 +267,11 @@ def make_trainer(args: FitArguments, training_args: MPOConfig) -> MPOTrainer:
                 "--eval_strategy needs --eval_dataset, as files of prompts and rollouts have no test split."
             )
         eval_dataset = load_prompts(args, args.eval_dataset_name or args.dataset_name, args.dataset_test_split)
+    elif args.eval_dataset_name:
+        raise ValueError(
+            f"--eval_dataset {args.eval_dataset_name} has no effect without --eval_strategy: add --eval_strategy steps, or "
+            "leave it out."
+        )
     tokenizer = None
     if args.tokenizer:
         kwargs = {"trust_remote_code": True} if args.trust_remote_code else {}
@@ -273,6 +290,18 @@ def make_trainer(args: FitArguments, training_args: MPOConfig) -> MPOTrainer:
 def mix_policies(args: FitArguments, training_args: MPOConfig) -> MixturePolicyModel:
     """Mixes the policies."""
     kwargs: dict[str, Any] = {"dtype": args.dtype, **(training_args.model_init_kwargs or {})}
+    training_args.model_init_kwargs = None  # in use here; the trainer gets a mixture
+    starts_elsewhere = args.rollouts is not None or training_args.proposal == "reference"
+    if (
+        args.weights
+        and training_args.estimator == "mis"
+        and training_args.objective != "achieved"
+        and starts_elsewhere
+    ):
+        logger.warning(
+            "--weights has no effect: the fit goes to the optimum of its estimate wherever it starts, and no completions are "
+            "drawn from the mixture. Leave it out, or use --proposal mixture."
+        )
     if args.trust_remote_code:
         kwargs["trust_remote_code"] = True
     if args.labels:
@@ -311,7 +340,7 @@ def load_rollouts(args: FitArguments, training_args: MPOConfig) -> str | Dataset
 
 
 def summarize(trainer: MPOTrainer) -> str:
-    """The fitted weights with their certificate, and means of the logged metrics over all steps."""
+    """The fitted weights and their rewards, by policy, as a table; the trainer has printed what they mean."""
     config = trainer.model.config
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     certificate, rows = trainer.certificate, []
@@ -322,23 +351,12 @@ def summarize(trainer: MPOTrainer) -> str:
         if certificate is not None:
             known = (certificate.standard_errors, certificate.mixture_rewards)
             rows[k] += [values[k].item() if values is not None and k < len(values) else None for values in known]
-    header = ["objective", "policy", "weight", f"mean reward of the {trainer.args.proposal}'s samples"]
+    drew = {"both": "all samples", "given": "the given completions"}.get(
+        trainer.origin, f"the {trainer.origin}'s samples"
+    )
+    header = ["objective", "policy", "weight", f"mean reward of {drew}"]
     header += ["standard error of the weight", "reward of the mixture"] if certificate is not None else []
-    lines = [format_table(header, rows)]
-    if certificate is not None:
-        lines.append(
-            f"duality gap, with {certificate.confidence:.0%} confidence: below {certificate.duality_gap_bound:.4f} nats"
-        )
-    texts = {
-        "dual_objective": "dual objective",
-        "welfare": "welfare",
-        "effective_sample_size": "effective sample size",
-    }
-    for key, text in texts.items():
-        values = [entry[key] for entry in steps if key in entry]
-        if values:
-            lines.append(f"{text}, mean over {len(values)} steps: {sum(values) / len(values):.4f}")
-    return "\n".join([lines[0], "", *lines[1:]])
+    return format_table(header, rows)
 
 
 def _file_type(name: str) -> str | None:

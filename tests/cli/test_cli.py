@@ -151,12 +151,15 @@ def test_fit_reports_weights_and_rewards(fitted):
         assert rows[name][2] == f"{weight:.4f}"
         assert 0 <= float(rows[name][3]) <= LENGTH
         assert 0 <= float(rows[name][4]) < 1 and 0 <= float(rows[name][5]) <= LENGTH
-    assert re.search(r"duality gap, with 95% confidence: below (\d+\.\d{4}|inf) nats", fitted.out)
+    assert re.search(r"^(Certificate: .* 95% confidence|There is no bound|Stopped at step)", fitted.out, re.MULTILINE)
+    assert re.search(r"^Worst off: (sea|bee), \S+ ± \S+ .*the reference", fitted.out, re.MULTILINE)
+    assert re.search(r"^KL to the reference: \S+ ± \S+ nats a completion", fitted.out, re.MULTILINE)
     assert f"The mixture is in {fitted.folder}" in fitted.out
 
 
 def test_fit_with_a_constraint_has_the_reference_in_the_mixture(world, tmp_path):
     options = ["--constraints", '{"count_b": 0.3}', "--normalize_rewards", "none", "--labels", "count_c", "count_b"]
+    options += ["--objective", "reward"]
     status, out, err = run(*fit_options(world, tmp_path / "mix"), *options)
     assert status == 0, err
     saved = MixturePolicyConfig.from_pretrained(tmp_path / "mix")
@@ -216,7 +219,7 @@ def test_fit_from_yaml_with_an_ensemble(world, tmp_path):
     assert entry["rewards/liked"] < mean and entry["ensembles/liked/disagreement"] > 0
 
 
-ROLLOUT_FIT = ["--estimator", "mis", "--proposal", "mixture"]
+ROLLOUT_FIT = ["--objective", "reward", "--proposal", "mixture"]
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +287,18 @@ def test_fit_evaluates(world, tmp_path):
     status, out, err = run(*fit_options(world, tmp_path, steps=1), *options, "--eval_dataset", prompts)
     assert status == 0, err
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
-    assert any("eval_dual_objective" in entry for entry in history)
+    assert any("eval_welfare" in entry for entry in history)
+
+
+def test_options_that_would_do_nothing_are_told(world, sampled, tmp_path, caplog):
+    options = fit_options(world, tmp_path / "mix", steps=1)
+    assert "without --eval_strategy" in error_line(run(*options, "--eval_dataset", world / "prompts.jsonl"))
+    assert "`step_scale=1.0` has no effect" in error_line(run(*options, "--step_scale", 1))
+    assert run(*options, "--weights", 0.4, 0.6, "--objective", "reward", "--proposal", "mixture")[0] == 0
+    assert "--weights has no effect" not in caplog.text
+    weights = ["--weights", 0.4, 0.6, "--objective", "reward"]
+    assert run(*rollout_options(world, sampled / "_rollouts", tmp_path / "again", *weights))[0] == 0
+    assert "--weights has no effect" in caplog.text
 
 
 def test_fit_by_the_implicit_objective_needs_no_rewards(world, tmp_path):
