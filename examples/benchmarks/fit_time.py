@@ -44,14 +44,17 @@ from smollm2 import base_spec, load_tokenizer  # noqa: E402
 
 
 SHARE = 0.25
-# by proposal, estimator, and the share of the prompts whose completions are scored under policies that the estimate does not need
-KINDS = [
-    ("reference", "bsmd", 1.0),
-    ("reference", "mis", 0.0),
-    ("reference", "mis", SHARE),
-    ("reference", "mis", 1.0),
-    ("mixture", "bsmd", 1.0),
-    ("mixture", "mis", 1.0),
+# by objective, proposal, estimator, and the share of the prompts whose completions are scored under policies that the estimate
+# does not need
+Kind = tuple[str, str, str, float]
+KINDS: list[Kind] = [
+    ("achieved", "mixture", "mis", 1.0),
+    ("reward", "reference", "bsmd", 1.0),
+    ("reward", "reference", "mis", 0.0),
+    ("reward", "reference", "mis", SHARE),
+    ("reward", "reference", "mis", 1.0),
+    ("reward", "mixture", "bsmd", 1.0),
+    ("reward", "mixture", "mis", 1.0),
 ]
 PARTS = ["generation", "policies' scoring", "reference's scoring", "rewards", "weights", "writing"]
 
@@ -103,7 +106,7 @@ def generate(
 
 
 def make_trainer(
-    model: MixturePolicyModel, tokenizer: PreTrainedTokenizerBase, kind: tuple[str, str, float], folder: str, args
+    model: MixturePolicyModel, tokenizer: PreTrainedTokenizerBase, kind: Kind, folder: str, args
 ) -> MPOTrainer:
     model.mixture_weights = [1 / len(OBJECTIVES)] * len(OBJECTIVES)
     return MPOTrainer(
@@ -111,9 +114,10 @@ def make_trainer(
         reward_funcs=[REWARD_FUNCS[name] for name in OBJECTIVES],
         args=MPOConfig(
             output_dir=folder,
-            proposal=kind[0],
-            estimator=kind[1],
-            score_policies=kind[2],
+            objective=kind[0],
+            proposal=kind[1],
+            estimator=kind[2],
+            score_policies=kind[3],
             tolerance=0,
             beta=0.2,
             normalize_rewards=False,
@@ -197,20 +201,20 @@ def main() -> None:
     print_table(args, bare[1:], {kind: ratios[1:] for kind, ratios in fits.items()})
 
 
-def print_table(args: argparse.Namespace, bare: list[float], fits: dict[tuple[str, str, float], list[dict]]) -> None:
+def print_table(args: argparse.Namespace, bare: list[float], fits: dict[Kind, list[dict]]) -> None:
     print(
         f"{args.prompts} prompts x {args.num_generations} completions of up to {args.max_completion_length} tokens, "
         f"{args.batch_size} at a time; {describe_machine()}. Bare generation takes {statistics.median(bare):.1f} s; all else in "
         "multiples of it:\n"
     )
     rows = []
-    for (proposal, estimator, share), ratios in fits.items():
+    for (objective, proposal, estimator, share), ratios in fits.items():
         parts = [statistics.median(ratio[part] for ratio in ratios) for part in PARTS]
         rest = statistics.median(ratio["all"] - sum(ratio[part] for part in PARTS) for ratio in ratios)
         fit = show(quartiles([ratio["all"] for ratio in ratios]))
         estimator += "" if share == 1 else f", score_policies={share:g}"
-        rows.append([proposal, estimator, fit, *(f"{part:.2f}" for part in [*parts, rest])])
-    print(table(["proposal", "estimator", "fit", *PARTS, "rest"], rows))
+        rows.append([objective, proposal, estimator, fit, *(f"{part:.2f}" for part in [*parts, rest])])
+    print(table(["objective", "proposal", "estimator", "fit", *PARTS, "rest"], rows))
 
 
 if __name__ == "__main__":

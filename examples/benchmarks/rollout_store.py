@@ -136,8 +136,7 @@ def fit(folder: Path, batch_size: int, num_resamples: int) -> None:
     mixture = MixturePolicyModel.from_policies([tiny_policy() for _ in LABELS], reference=tiny_policy(), labels=LABELS)
     args = MPOConfig(
         output_dir=str(folder / "fit"),
-        estimator="mis",
-        proposal="mixture",
+        objective="reward",
         beta=BETA,
         num_resamples=num_resamples,
         num_generations=COMPLETIONS,
