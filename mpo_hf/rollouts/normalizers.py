@@ -58,7 +58,7 @@ def pack_normalizers(
 ) -> torch.Tensor:
     """Anchors, values and the moments of every token, shape `(N, completion_length, ...)`, summed and packed."""
     count = anchor.shape[-1]
-    summed = torch.where(mask.bool().unsqueeze(-1), moments.double(), 0).sum(1).cpu()
+    summed = torch.where(mask.to(moments.device).bool().unsqueeze(-1), moments.double(), 0).sum(1).cpu()
     mean, covariance = summed[:, :count], summed[:, count:]
     return LogNormalizer(anchor, values.double(), mean, covariance).pack()
 

@@ -85,7 +85,7 @@ class CompletionScorer:
         anchor = torch.as_tensor(weights, dtype=torch.float64) / temperature
         for batch, by_policy in self._batches(completions, batch_size, policy_logps, holds=True):
             scores = log_linear_pool(by_policy, [weight / temperature for weight in weights])
-            values = sum_over_tokens(log_normalizer(scores), batch.completion_mask)
+            values = sum_over_tokens(log_normalizer(scores), batch.completion_mask.to(scores.device))
             moments = normalizer_moments(by_policy, scores)
             packed[batch.rows] = pack_normalizers(
                 anchor.expand(len(batch.rows), -1), values, moments, batch.completion_mask

@@ -76,9 +76,12 @@ class MixtureSaving:
         if not self.is_world_process_zero():
             return
         output_dir = output_dir if output_dir is not None else self.args.output_dir
-        rewards, note = compared_rewards(self.summary()) or measured_rewards(
+        summary = self.summary()
+        rewards, note = compared_rewards(summary) or measured_rewards(
             self.state.log_history, self.origin, self.certificate, self.objective_names, self._is_given
         )
+        if note and summary.comparisons is None:
+            note = f"{summary.about} {note}"
         if self.takes_best_step:
             note += (
                 f"\nThe weights are those of step {self.state.best_global_step}, the best one by "

@@ -195,7 +195,7 @@ def test_fits_with_policies_on_different_devices_find_the_same_weights(tmp_path)
     done = subprocess.run(**program("fits_on_two_devices.py", values), capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     fits = json.loads(done.stdout.splitlines()[-1])
-    assert len(fits) == 4
+    assert len(fits) == 6
     for in_one_place, apart in fits.values():
         assert in_one_place == apart != [0.5, 0.5]
 

@@ -15,14 +15,16 @@ from mpo_hf import MixturePolicyModel
 OUT = json.loads(sys.argv[1])["out"]
 # which models are on the second device, of the two policies and the reference
 PLACES = {
-    ("bsmd", "mixture"): [0, 2],
-    ("bsmd", "reference"): [1, 2],
-    ("mis", "mixture"): [1],
-    ("mis", "reference"): [0],
+    ("reward", "bsmd", "mixture"): [0, 2],
+    ("reward", "bsmd", "reference"): [1, 2],
+    ("reward", "mis", "mixture"): [1],
+    ("reward", "mis", "reference"): [0],
+    ("achieved", "mis", "mixture"): [1],
+    ("achieved", "mis", "reference"): [0],
 }
 
 
-def fit(estimator: str, proposal: str, second: list[int]) -> list[float]:
+def fit(objective: str, estimator: str, proposal: str, second: list[int]) -> list[float]:
     reference = toy_policy(100, 0.5)
     models = [toy_policy(1, 0.1, reference), toy_policy(2, 0.1, reference), reference]
     devices = ["second" if i in second else "cpu" for i in range(3)]
@@ -35,12 +37,13 @@ def fit(estimator: str, proposal: str, second: list[int]) -> list[float]:
     assert [next(model.parameters()).device.type for model in models] == devices
     trainer = make_trainer(
         mixture,
-        os.path.join(OUT, f"{estimator}-{proposal}-{second}"),
+        os.path.join(OUT, f"{objective}-{estimator}-{proposal}-{second}"),
+        objective=objective,
         estimator=estimator,
         proposal=proposal,
         save_strategy="no",
-        num_resamples=10,
-        refresh_below=1.0,
+        **({"num_resamples": 10} if estimator == "mis" else {}),
+        **({"refresh_below": 1.0} if estimator == "mis" and proposal == "mixture" else {}),
         max_steps=3,
         use_cpu=True,
     )

@@ -1,6 +1,7 @@
 """What a person sees of a fit while it runs: a line a step, and bars."""
 
 import io
+import re
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from types import ModuleType
@@ -62,11 +63,13 @@ def test_a_step_is_one_line_that_can_be_read():
 
 
 def lines_of(trainer) -> list[str]:
-    """What a fit prints to standard output."""
+    """What a fit prints to standard output, before the lines of its end."""
     out = io.StringIO()
     with redirect_stdout(out):
         trainer.train()
-    return out.getvalue().splitlines()
+    lines, _, end = out.getvalue().partition("\n\n")
+    assert re.search("^Ended after all 4 steps|^Stopped at step", end) and "\nWeights: a 0." in end
+    return lines.splitlines()
 
 
 @pytest.mark.parametrize("estimator", ["mis", "bsmd"])
