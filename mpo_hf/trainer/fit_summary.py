@@ -16,7 +16,11 @@ from .mpo_config import MPOConfig
 SEPARATED = 2.0
 # In nats: importance weights are then off by a fifth.
 LARGE_EXPANSION_ERROR = 0.2
-# What the weights of each objective are about, and in one case of each kind of mixing.
+# What the weights are about: of mirror descent on completions of the mixture, and of the objectives and kinds of mixing.
+EQUALIZED = (
+    "The weights are those at which the objectives are equally well off in what this mixture reaches when whole completions are "
+    "drawn from it, by the paper's mirror descent; `generate()` mixes token by token."
+)
 ABOUT = {
     (
         "achieved",
@@ -83,7 +87,10 @@ class FitSummary:
     @property
     def about(self) -> str:
         """What the weights are best for, in a sentence."""
-        return ABOUT[self.args.objective, str(self.args.mixing)].format(temperature=self.args.temperature)
+        args = self.args
+        if (args.objective, args.estimator, args.proposal) == ("reward", "bsmd", "mixture"):
+            return EQUALIZED
+        return ABOUT[str(args.objective), str(args.mixing)].format(temperature=args.temperature)
 
     def _why(self) -> Iterator[str]:
         if self.is_given:
