@@ -5,7 +5,7 @@ from .certificate import Certificate, certify, certify_primal
 from .comparison import Comparison, compare
 from .decoded import DecodedTable, LogNormalizer
 from .decoded_certificate import certify_decoded
-from .decoded_weights import WeightSpace, decoded_objective, maximize_decoded
+from .decoded_weights import WeightSpace, maximize_decoded
 from .dual import minimize_dual
 from .objectives import dual_objective, effective_sample_size, implicit_dual_objective, on_policy_objective
 from .optim import ExactMinimizer, MirrorDescent
@@ -49,7 +49,6 @@ __all__ = [
     "certify_decoded",
     "certify_primal",
     "compare",
-    "decoded_objective",
     "dual_objective",
     "effective_sample_size",
     "implicit_dual_objective",

@@ -210,7 +210,7 @@ def certify_primal(
         mixture=mixture,
         mixture_weights=weights,
     )
-    gap = certificate.mixture_duality_gap
+    best, gap = certificate.weights, certificate.mixture_duality_gap  # the minimizer of F̂, as no weights are given
     assert gap is not None  # as `mixture` is given
     counts = bootstrap_counts(table.num_prompts, num_resamples, seed)
     replicates = torch.stack(
@@ -226,12 +226,15 @@ def certify_primal(
     certificate.effective_sample_fraction = fractions.mean().item()
     certificate.effective_completions = (fractions * torch.bincount(mixture.prompt)).mean().item()
     certificate.duality_gap = max(0.0, gap)
-    certificate.duality_gap_bound = _primal_gap_bound(table, mixture, weights, replicates, counts, confidence, welfare)
+    certificate.duality_gap_bound = _primal_gap_bound(
+        table, best, mixture, weights, replicates, counts, confidence, welfare
+    )
     return certificate
 
 
 def _primal_gap_bound(
     table: DualTable,
+    best: torch.Tensor,
     mixture: MixtureTable,
     weights: torch.Tensor,
     replicates: torch.Tensor,
@@ -250,11 +253,14 @@ def _primal_gap_bound(
         for found, draws in zip(replicates, counts.unsqueeze(1))
     ]
     optimism = torch.stack(fitted).mean()
-    return bound_over_policies(table, gains + lacks[0], divergence + lacks[1], optimism, counts, confidence, welfare)
+    return bound_over_policies(
+        table, best, gains + lacks[0], divergence + lacks[1], optimism, counts, confidence, welfare
+    )
 
 
 def bound_over_policies(
     table: DualTable,
+    best: torch.Tensor,
     gains: torch.Tensor,
     divergence: torch.Tensor,
     optimism: torch.Tensor,
@@ -267,6 +273,7 @@ def bound_over_policies(
 
     Args:
         table ([`DualTable`]): the completions, for F; its bias is estimated and counted in.
+        best (`torch.Tensor` of shape `(K,)`): the minimizer of F̂.
         gains (`torch.Tensor` of shape `(P, K)`): contributions of the prompts to the gains of the mixture.
         divergence (`torch.Tensor` of shape `(P,)`): the same for its divergence from the reference.
         optimism (`torch.Tensor`): how much better than the mixture the best weights of a replicate are on it, the mean.
@@ -277,7 +284,6 @@ def bound_over_policies(
     Returns:
         `float`: the bound, in nats; infinite if prompts or completions are too few for any.
     """
-    (best,), _ = minimize_dual(table, welfare=welfare)
     bias = estimate_bias(table, best)
     num_prompts = table.num_prompts
     if num_prompts < MIN_PROMPTS or not bias.is_reliable:

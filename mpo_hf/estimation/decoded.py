@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .tables import balance_heuristic, sums_by_prompt
+from .tables import known_densities, sums_by_prompt
 
 
 # Control variates need no exact weights, and a weight beyond this would leave nothing of the other completions.
@@ -156,8 +156,8 @@ class DecodedTable:
 
     def log_densities(self, proposals: Sequence[tuple[float, ...] | None]) -> torch.Tensor:
         r"""
-        The log-density of every row under all proposals of its prompt together; see [`balance_heuristic`]. Where one of
-        these is unknown, it is the log-density under the row's own proposal, which is valid as well.
+        The log-density of every row under all proposals of its prompt together, as far as these are known; see
+        [`~mpo_hf.estimation.tables.known_densities`].
 
         Args:
             proposals (`Sequence[tuple[float, ...]]`):
@@ -175,8 +175,7 @@ class DecodedTable:
             elif weights == () and self.temperature == 1:
                 logps = self.reference_logps
             by_proposal.append(torch.where(self.proposal == s, self.proposal_logps, logps))
-        densities = balance_heuristic(self.prompt, self.proposal, torch.stack(by_proposal, dim=-1))
-        return torch.where(densities.isnan(), self.proposal_logps, densities)
+        return known_densities(self.prompt, self.proposal, torch.stack(by_proposal, dim=-1), self.proposal_logps)
 
     def reference_log_ratios(self) -> torch.Tensor:
         r"""

@@ -4,10 +4,12 @@ import math
 
 import torch
 
-from .certificate import Certificate, bootstrap_counts, bound_over_policies, certify
+from .certificate import ACTIVE_WEIGHT_PRIMAL, Certificate, bootstrap_counts, bound_over_policies
 from .comparison import compare
 from .decoded import DecodedTable
 from .decoded_weights import WeightSpace
+from .dual import minimize_dual
+from .gap_bound import BOOTSTRAP_SHARE
 from .tables import DualTable
 from .welfare import InfeasibleError, Welfare
 
@@ -19,13 +21,10 @@ NUM_POINTS = 400
 DISTANCES = (0.003, 0.01, 0.03, 0.1, 0.3)
 # Fewer prompts say too little of how prompts vary: the quantile of a bootstrap over them is too small.
 MIN_PROMPTS_OF_BOUND = 10
-# What the bootstrap does not know: part of the error probability is kept for it, and with few effective completions the
+# The part of the error probability that is kept for what the bootstrap does not know (BOOTSTRAP_SHARE) is not enough: with few effective completions the
 # fitted weights are further from the best ones than those of the replicates are from them. In simulations of 36 prompts the
 # 95% quantile of the replicates covered 70 to 92%; see tests/estimation/test_decoded_bound.py.
-BOOTSTRAP_SHARE = 0.5
 SMALL_SAMPLE = 100.0
-# A weight above this counts as an objective that binds.
-ACTIVE_WEIGHT = 1e-3
 
 
 def certify_decoded(
@@ -57,47 +56,38 @@ def certify_decoded(
     Returns:
         [`Certificate`]
     """
-    try:
-        certificate = certify(table, num_resamples=num_resamples, confidence=confidence, seed=seed, welfare=welfare)
-    except InfeasibleError:  # of any policy over these completions, by estimates that are not those of G
-        certificate = _without_dual(completions, weights, confidence)
+    if completions.num_prompts < 2:
+        raise ValueError("A certificate needs completions of at least 2 prompts, got 1.")
     counts = bootstrap_counts(completions.num_prompts, num_resamples, seed)
     gaps, found = _gaps(completions, weights, welfare, space, counts, seed)
-    certificate.of_mixture = True
-    certificate.weights, certificate.standard_errors = space.chosen(weights), found.std(0)
-    certificate.active = (found > ACTIVE_WEIGHT).double().mean(0)
-    certificate.effective_sample_fraction = completions.effective_sample_fraction(weights).item()
-    size = completions.effective_sample_size(completions.log_ratios(weights))
-    certificate.effective_completions = size / completions.num_prompts
-    enough = completions.num_prompts >= MIN_PROMPTS_OF_BOUND and bool(gaps.isfinite().all())
-    certificate.optimality_gap_bound = math.inf
-    if enough:
-        level = 1 - BOOTSTRAP_SHARE * (1 - confidence)
-        widened = 1 + SMALL_SAMPLE / completions.effective_sample_size(completions.log_ratios(weights))
-        certificate.optimality_gap_bound = widened * gaps.quantile(level).item()
-    _bound_over_policies(certificate, table, completions, weights, welfare, counts, gaps.mean())
-    comparison = compare(completions, {"": weights}, welfare, rewards)[""]
-    certificate.mixture_rewards, certificate.mixture_reward_errors = comparison.rewards, comparison.reward_errors
-    certificate.divergence, certificate.divergence_error = comparison.divergence, comparison.divergence_error
-    return certificate
-
-
-def _without_dual(completions: DecodedTable, weights: torch.Tensor, confidence: float) -> Certificate:
-    """A certificate that says nothing of any policy."""
-    return Certificate(
-        weights=weights,
-        standard_errors=torch.full_like(weights, math.nan),
+    effective = completions.effective_sample_size(completions.log_ratios(weights))
+    reached = compare(completions, {"": weights}, welfare, rewards)[""]
+    certificate = Certificate(
+        weights=space.chosen(weights),
+        standard_errors=found.std(0),
         dual_objective=math.inf,
         duality_gap=math.inf,
         duality_gap_bound=math.inf,
         confidence=confidence,
-        active=torch.ones_like(weights),
-        effective_sample_fraction=math.nan,
+        active=(found > ACTIVE_WEIGHT_PRIMAL).double().mean(0),
+        effective_sample_fraction=completions.effective_sample_fraction(weights).item(),
+        effective_completions=effective / completions.num_prompts,
         num_prompts=completions.num_prompts,
+        mixture_rewards=reached.rewards,
+        mixture_reward_errors=reached.reward_errors,
+        of_mixture=True,
+        optimality_gap_bound=math.inf,
+        divergence=reached.divergence,
+        divergence_error=reached.divergence_error,
     )
+    if completions.num_prompts >= MIN_PROMPTS_OF_BOUND and gaps.isfinite().all():
+        level = 1 - BOOTSTRAP_SHARE * (1 - confidence)
+        certificate.optimality_gap_bound = (1 + SMALL_SAMPLE / effective) * gaps.quantile(level).item()
+    _compare_with_any_policy(certificate, table, completions, weights, welfare, counts, gaps.mean())
+    return certificate
 
 
-def _bound_over_policies(
+def _compare_with_any_policy(
     certificate: Certificate,
     table: DualTable,
     completions: DecodedTable,
@@ -107,13 +97,16 @@ def _bound_over_policies(
     optimism: torch.Tensor,
 ) -> None:
     """Fills in how much more welfare any policy could have, by weak duality."""
-    if not math.isfinite(certificate.dual_objective):
+    try:
+        (best,), _ = minimize_dual(table, welfare=welfare)
+    except InfeasibleError:  # of any policy over these completions, by estimates that are not those of G
         return
     gains, divergence = completions.measure(weights)
+    certificate.dual_objective = table.by_prompt(best.unsqueeze(0))[0].mean().item()
     gap = certificate.dual_objective - (welfare.value(gains.mean(0)) - divergence.mean()).item()
     certificate.mixture_duality_gap, certificate.duality_gap = gap, max(0.0, gap)
     certificate.duality_gap_bound = bound_over_policies(
-        table, gains, divergence, optimism, counts, certificate.confidence, welfare
+        table, best, gains, divergence, optimism, counts, certificate.confidence, welfare
     )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from .decoded import DecodedTable
+from .primal import primal_objective
 from .welfare import InfeasibleError, Polyhedral, Welfare
 
 
@@ -78,28 +79,6 @@ class WeightSpace:
         return bool(table.efficiency(weights, self.proposal) >= self.min_efficiency * (1 - ROUNDING))
 
 
-def decoded_objective(
-    table: DecodedTable, weights: torch.Tensor, welfare: Welfare, prompt_weights: torch.Tensor | None = None
-) -> torch.Tensor:
-    """
-    G of decoded mixtures, in nats; differentiable in the weights.
-
-    Args:
-        table ([`DecodedTable`]): the completions.
-        weights (`torch.Tensor` of shape `(M,)`): mixture weights of the components.
-        welfare ([`~mpo_hf.estimation.welfare.Welfare`]): the welfare function U.
-        prompt_weights (`torch.Tensor` of shape `(B, P)`, *optional*):
-            Weights of the prompts, rows with sum 1, for B values at a time. Defaults to equal weights and one value.
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`, or a scalar.
-    """
-    gains, divergence = table.measure(weights)
-    if prompt_weights is None:
-        return welfare.value(gains.mean(0)) - divergence.mean()
-    return welfare.value(prompt_weights @ gains) - prompt_weights @ divergence
-
-
 def maximize_decoded(
     table: DecodedTable,
     welfare: Welfare,
@@ -124,14 +103,15 @@ def maximize_decoded(
         `tuple[torch.Tensor, torch.Tensor]`: the maximizer, shape `(M,)`, and the maximum, a scalar.
 
     Raises:
-        [`~mpo_hf.estimation.welfare.InfeasibleError`]: no weights within reach have a welfare, as that is a function of positive gains and none has them.
+        [`~mpo_hf.estimation.welfare.InfeasibleError`]: no weights within reach have a welfare, as that is a function of
+            positive gains and none has them.
     """
     if prompt_weights is None:
         prompt_weights = table.gains.new_full((table.num_prompts,), 1 / table.num_prompts)
     weighting = prompt_weights.unsqueeze(0)
 
     def values_of(points: list[torch.Tensor]) -> torch.Tensor:
-        values = [decoded_objective(table, point, welfare, weighting)[0] for point in points]
+        values = [primal_objective(table, point, welfare, weighting)[0] for point in points]
         return torch.stack(values).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 
     starts = [start.double() for start in starts if space.is_within_reach(table, start)]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .decoded import DecodedTable
 from .tables import MixtureTable
 from .welfare import Polyhedral, Welfare
 
@@ -31,13 +32,17 @@ CHANGE_TOLERANCE = 1e-12
 
 
 def primal_objective(
-    table: MixtureTable, weights: torch.Tensor, welfare: Welfare, prompt_weights: torch.Tensor | None = None
+    table: MixtureTable | DecodedTable,
+    weights: torch.Tensor,
+    welfare: Welfare,
+    prompt_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
-    \\(\hat G(\lambda)\\), in nats.
+    \\(\hat G(\lambda)\\), in nats; differentiable in the weights.
 
     Args:
-        table ([`MixtureTable`]): the completions.
+        table ([`MixtureTable`] or [`DecodedTable`]):
+            The completions: G is that of whole completions of the mixture, or that of the mixture as it is decoded.
         weights (`torch.Tensor` of shape `(M,)`): mixture weights of the components.
         welfare ([`~mpo_hf.estimation.welfare.Welfare`]): the welfare function U.
         prompt_weights (`torch.Tensor` of shape `(B, P)`, *optional*):

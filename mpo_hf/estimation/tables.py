@@ -333,6 +333,27 @@ def balance_heuristic(prompt: torch.Tensor, proposal: torch.Tensor, proposal_log
     return torch.where(shares > 0, shares.log() + proposal_logps, -torch.inf).logsumexp(-1)
 
 
+def known_densities(
+    prompt: torch.Tensor, proposal: torch.Tensor, proposal_logps: torch.Tensor, own: torch.Tensor
+) -> torch.Tensor:
+    """
+    The log-density of every row under all proposals of its prompt together; see [`balance_heuristic`]. Where one of these
+    densities is unknown, it is the log-density of every completion of that prompt under its own proposal, which is valid as
+    well; one beside the other would not be.
+
+    Args:
+        prompt, proposal (`torch.LongTensor` of shape `(N,)`), proposal_logps (`torch.Tensor` of shape `(N, S)`):
+            As for [`balance_heuristic`], with NaN for unknown densities.
+        own (`torch.Tensor` of shape `(N,)`): log-densities under the proposals that drew the rows.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`.
+    """
+    together = balance_heuristic(prompt, proposal, proposal_logps)
+    is_known = torch.bincount(prompt, together.isnan().double()) == 0
+    return torch.where(is_known[prompt], together, own)
+
+
 def normalize_by_prompt(
     rewards: torch.Tensor, log_weights: torch.Tensor, prompt: torch.Tensor, num_prompts: int, beta: float = 1.0
 ) -> torch.Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..estimation import balance_heuristic
+from ..estimation.tables import known_densities
 
 
 # A pass over all rows is repeated once their number has grown by this fraction.
@@ -243,9 +243,8 @@ class RolloutColumns:
 
     def log_densities(self, rows: int, all_under_reference: bool) -> np.ndarray:
         """
-        The log-density of each of the first `rows` completions under all proposals of its prompt together; see
-        [`~mpo_hf.estimation.balance_heuristic`]. Where one of these densities is unknown, it is the log-density of every
-        completion of that prompt under its own proposal, which is valid as well; one beside the other would not be.
+        The log-density of each of the first `rows` completions under all proposals of its prompt together, as far as these are
+        known; see [`~mpo_hf.estimation.tables.known_densities`].
 
         Args:
             rows (`int`): how many rows.
@@ -268,9 +267,7 @@ class RolloutColumns:
                 logps[:, reference] = self["reference_logps"][block]
             logps[row, proposal] = known
             of = prompt[block] - prompt[block[0]]
-            together = balance_heuristic(*map(torch.from_numpy, (of, drew[block], logps))).numpy()
-            is_known = np.bincount(of, np.isnan(together)) == 0
-            densities[block] = np.where(is_known[of], together, own[block])
+            densities[block] = known_densities(*map(torch.from_numpy, (of, drew[block], logps, own[block]))).numpy()
         return densities
 
     def _blocks(

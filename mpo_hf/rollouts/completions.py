@@ -33,7 +33,7 @@ class Completions:
         reference_logps (`torch.Tensor` of shape `(N,)`, *optional*):
             Log-probability of whole completions under the reference policy, if known.
         normalizers (`torch.Tensor` of shape `(N, E)`, *optional*):
-            \\(\\sum_t \\log Z_t\\) of whole completions to second order in the mixture weights; see
+            \\(\sum_t \log Z_t\\) of whole completions to second order in the mixture weights; see
             [`~mpo_hf.estimation.LogNormalizer`], which unpacks it. NaN where it is unknown.
     """
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from ..estimation import Certificate, DecodedTable, MaxMin, Welfare
+from ..estimation import Certificate, DecodedTable, MaxMin, Welfare, primal_objective
 from ..estimation.comparison import Comparison, compare
 from ..estimation.decoded_certificate import certify_decoded
-from ..estimation.decoded_weights import WeightSpace, decoded_objective, maximize_decoded, starting_points
+from ..estimation.decoded_weights import WeightSpace, maximize_decoded, starting_points
 from .estimators import Estimator
 
 
@@ -34,7 +34,7 @@ class DecodedEstimator(Estimator):
     objectives: list[str]
 
     def loss(self, weights: torch.Tensor) -> torch.Tensor:
-        return -decoded_objective(self.completions, self.space.components(weights), self.welfare)
+        return -primal_objective(self.completions, self.space.components(weights), self.welfare)
 
     def best(self, weights: torch.Tensor) -> torch.Tensor:
         return self._best(weights, self.welfare)

@@ -37,7 +37,7 @@ logger = logging.get_logger(__name__)
 PRICE_TOLERANCE = 1e-6
 # A larger weight, off the simplex, makes more of a policy's errors than of what it has learned.
 LARGE_WEIGHT = 100.0
-# A gain of so many standard errors is taken for one.
+# A difference of so many standard errors is taken for real.
 SEPARATED = 2.0
 # Fewer prompts give no information on the variation between prompts.
 MIN_PROMPTS_OF_MIXTURE = 2
@@ -51,7 +51,7 @@ class DecodedRows:
     Args:
         proposal (`torch.LongTensor` of shape `(N,)`): index of the proposal that drew every row.
         proposals (`list[tuple[float, ...]]`): the mixture weights of each; `()` is the reference, `None` one not known.
-        own_logps (`torch.Tensor` of shape `(N,)`): \\(\\log q(y_j)\\) under it.
+        own_logps (`torch.Tensor` of shape `(N,)`): \\(\log q(y_j)\\) under it.
         normalizers (`torch.Tensor` of shape `(N, E)`): see [`~mpo_hf.estimation.LogNormalizer`]; NaN where unknown.
         current (`Sequence[float]`): weights of the proposal that new completions are drawn with; empty for the reference.
     """

@@ -9,11 +9,10 @@ import torch
 
 from ..estimation import Certificate
 from ..estimation.comparison import Comparison
+from .fit_problem import SEPARATED
 from .mpo_config import MPOConfig
 
 
-# A difference of so many standard errors is taken for real.
-SEPARATED = 2.0
 # In nats: importance weights are then off by a fifth.
 LARGE_EXPANSION_ERROR = 0.2
 # What the weights are about: of mirror descent on completions of the mixture, and of the objectives and kinds of mixing.

@@ -34,7 +34,7 @@ class MPOConfig(TrainingArguments):
             `estimator="bsmd"`.
         mixing (`str`, *optional*):
             The mixture that `objective="achieved"` speaks of. `"token"`: as `generate()` mixes, token by token, at the
-            `temperature` of the fit. `"sequence"`: whole completions, \\(\\prod_k \\pi_k(y)^{\\lambda_k}\\), as in the theorem and as
+            `temperature` of the fit. `"sequence"`: whole completions, \\(\prod_k \pi_k(y)^{\lambda_k}\\), as in the theorem and as
             [sequence-level decoding](../how-to/sequence_level) draws them. Defaults to `"token"`; the other objectives are about
             `"sequence"` always.
         free_sum (`bool`, *optional*, defaults to `False`):

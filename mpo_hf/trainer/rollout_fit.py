@@ -36,11 +36,10 @@ MIN_PROMPTS = 10
 DEFENSIVE_SHARE = 0.1
 # For fits to what is decoded: one in so many completions is drawn from a single policy, from each in turn, to compare the
 # mixture with, and in one of so many steps, as large a share on top of it from the reference.
-COMPARE_EVERY = 8
+COMPARE_EVERY, REFERENCE_EVERY = 8, 2
 # How many completions are scored at the end of a fit, to check the log-probabilities that it has used: one in so many, within
 # these limits.
 CHECK_EVERY, LEAST_CHECKED, MOST_CHECKED = 16, 4, 32
-REFERENCE_EVERY = 2
 
 
 @dataclass(frozen=True)
@@ -350,11 +349,10 @@ class RolloutFit:
     def _complete(self, completions: Completions, keys: Sequence[str], known: dict[str, list]) -> dict[str, list]:
         """All columns of given completions: those that they come with, and those that are computed."""
         rows = {name: values for name, values in known.items() if name in COLUMNS}
-        rows |= self._single_logps(completions, keys, known)
-        rows |= self._complete_proposals(completions, known, rows["reference_logps"])
         if self.context.problem.is_decoded:
-            rows["normalizers"] = self._complete_normalizers(completions, rows)
-        return rows
+            rows["normalizers"] = self._complete_normalizers(completions, known)
+        rows |= self._single_logps(completions, keys, known)
+        return rows | self._complete_proposals(completions, known, rows["reference_logps"])
 
     def _complete_proposals(
         self, completions: Completions, known: dict[str, list], reference_logps: list[float | None]
@@ -380,17 +378,27 @@ class RolloutFit:
         _fill(logps, unknown, completions, self.context.reference_proposal_logps)
         return {"proposal_logps": logps, "proposal": proposals}
 
-    def _complete_normalizers(self, completions: Completions, rows: dict[str, list]) -> list[list[float]]:
-        """The normalizers of given completions: those that they come with, and those that are computed, by their proposals."""
+    def _complete_normalizers(self, completions: Completions, known: dict[str, list]) -> list[list[float]]:
+        """
+        The normalizers of given completions: those that they come with, and those that are computed, by their proposals. Where
+        none has any, the passes tell the log-probabilities under the policies, too, which are kept.
+        """
         size = num_terms(self.context.problem.num_components)
         found = [
-            values if values is not None and len(values) == size else None for values in rows.get("normalizers") or []
+            values if values is not None and len(values) == size else None
+            for values in known.get("normalizers", [None] * len(completions))
         ]
-        found = found or [None] * len(completions)
-        anchors = [self._anchor(tuple(weights or ())) for weights in rows["proposal"]]
+        anchors = [self._anchor(tuple(weights or ())) for weights in known.get("proposal", [None] * len(completions))]
+        policy_logps = torch.empty(len(completions), self.context.problem.num_components, dtype=torch.float64)
+        keeps = found.count(None) == len(found)
         for anchor in dict.fromkeys(anchors):
             missing = [i for i, value in enumerate(found) if value is None and anchors[i] == anchor]
-            _fill(found, missing, completions, lambda part, anchor=anchor: self.context.normalizers(part, anchor)[1])
+            if missing:
+                policy_logps[missing], packed = self.context.normalizers(completions.select(missing), anchor)
+                for row, values in zip(missing, packed.tolist()):
+                    found[row] = values
+        if keeps:
+            completions.policy_logps = policy_logps
         return found
 
     def _mixtures_of(self, keys: Sequence[str]) -> list[Proposal]:

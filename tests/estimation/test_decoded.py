@@ -16,10 +16,11 @@ from mpo_hf.estimation import (
     LogNormalizer,
     MaxMin,
     WeightedSum,
+    primal_objective,
 )
 from mpo_hf.estimation.comparison import compare
 from mpo_hf.estimation.decoded import num_terms
-from mpo_hf.estimation.decoded_weights import WeightSpace, decoded_objective, maximize_decoded, starting_points
+from mpo_hf.estimation.decoded_weights import WeightSpace, maximize_decoded, starting_points
 
 
 UNIFORM = torch.full((3,), 1 / 3, dtype=torch.float64)
@@ -125,9 +126,9 @@ def test_maximum_is_that_of_a_fine_grid(world, name):
     space = WeightSpace(3)
     weights, value = maximize_decoded(table, welfare, space, starting_points(space))
     grid = [torch.tensor([i, j, 40 - i - j]).double() / 40 for i in range(41) for j in range(41 - i)]
-    best = max(decoded_objective(table, point, welfare).item() for point in grid)
+    best = max(primal_objective(table, point, welfare).item() for point in grid)
     assert value.item() >= best - 1e-7
-    assert decoded_objective(table, weights, welfare).item() == pytest.approx(value.item())
+    assert primal_objective(table, weights, welfare).item() == pytest.approx(value.item())
     assert weights.sum().item() == pytest.approx(1) and (weights >= 0).all()
 
 
@@ -140,7 +141,7 @@ def test_free_sum_is_no_worse_and_agrees_with_another_solver(world):
     assert value > on_simplex + 0.01  # the policies are undertrained
     assert weights[:3].sum() > 1.1 and weights.sum().item() == pytest.approx(1)
     result = minimize(
-        lambda w: -decoded_objective(table, space.components(torch.tensor(w)), MaxMin()).item(),
+        lambda w: -primal_objective(table, space.components(torch.tensor(w)), MaxMin()).item(),
         weights[:3].numpy() * 0.97,
         method="Nelder-Mead",
         options={"xatol": 1e-7, "fatol": 1e-10, "maxiter": 2000},
@@ -218,3 +219,24 @@ def test_comparison_reports_what_each_policy_reaches(world):
 
 def assert_close(found, expected):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_densities_of_a_prompt_are_those_of_all_proposals_or_each_its_own(world):
+    """Completions of the reference that no policy has scored have no density under the mixture that drew the others."""
+    table = world.table([UNIFORM, torch.tensor([0.6, 0.2, 0.2]).double()], 4, seed=11)
+    proposals = [tuple(UNIFORM.tolist()), (0.6, 0.2, 0.2), ()]
+    together = table.log_densities(proposals)
+    exact = [world.logps(weights)[world.drawn] for weights in proposals[:2]]
+    torch.testing.assert_close(together, (torch.stack(exact).exp().mean(0)).log(), atol=0.02, rtol=0)
+    of_first = (table.prompt == 0).nonzero().squeeze(-1)
+    table.proposal[of_first[:2]] = 2
+    table.policy_logps[of_first[:2]] = math.nan
+    table = DecodedTable(
+        **{n: getattr(table, n) for n in ("prompt", "proposal", "gains", "policy_logps", "reference_logps")},
+        proposal_logps=table.proposal_logps,
+        normalizer=table.normalizer,
+    )
+    mixed = table.log_densities(proposals)
+    assert torch.equal(mixed[of_first], table.proposal_logps[of_first])
+    others = table.prompt != 0
+    torch.testing.assert_close(mixed[others], together[others])
