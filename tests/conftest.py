@@ -7,14 +7,17 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 # where Transformers copies the code that comes with a checkpoint
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()
+# two test processes share two cores, and so do the programs that they start; other numbers stand for other machines, where
+# sums are added up in other orders
+THREADS = os.environ.setdefault("MPO_HF_TEST_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", THREADS)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from helpers import KINDS, VOCAB, Folders, build_case, save_lora, save_tiny, tiny_tokenizer  # noqa: E402
 
 
-# two test processes share two cores; other numbers stand for other machines, where sums are added up in other orders
-torch.set_num_threads(int(os.environ.get("MPO_HF_TEST_THREADS", 1)))
+torch.set_num_threads(int(THREADS))
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,7 @@ def assert_no_surprises(printed: str) -> None:
     assert not re.search(r"""^\{.*(['"])-?[\d.]+(e-?\d+)?\1""", printed, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_quickstart_runs_from_end_to_end(tmp_path):
     options = ["--max_steps", "2", "--max_completion_length", "12", "--num_eval_prompts", "4"]
     run = run_example("quickstart.py", "--output_dir", str(tmp_path), *options)

@@ -13,8 +13,14 @@ pytestmark = pytest.mark.integration
 RUN = Path(__file__).parent / "run.py"
 
 
-@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fast", "with slow tests"])
-@pytest.mark.parametrize("mixture", ["families", "adapters"])
+CASES = [
+    pytest.param("families", False, id="families"),
+    pytest.param("families", True, id="families-with slow tests", marks=pytest.mark.slow),
+    pytest.param("adapters", True, id="adapters-with slow tests", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("mixture, slow", CASES)
 def test_transformers_suites(mixture: str, slow: bool):
     env = {**os.environ, "RUN_SLOW": str(int(slow))}
     result = subprocess.run([sys.executable, RUN, "--only", mixture], capture_output=True, text=True, env=env)

@@ -104,7 +104,7 @@ def test_certificate_bounds_what_any_policy_could_gain():
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("proposal", ["mixture", "reference"])
+@pytest.mark.parametrize("proposal", ["mixture", pytest.param("reference", marks=pytest.mark.slow)])
 def test_fit_finds_the_best_mixture_of_policies_that_are_not_optimal(tmp_path, proposal):
     enumeration, rewards = exact_optima(2, BETA)
     generator = torch.Generator().manual_seed(0)

@@ -28,6 +28,7 @@ def test_mixture_as_proposal_finds_the_optimum_of_policies_far_apart(tmp_path, o
     assert min(e["effective_sample_size"] for e in trainer.state.log_history if "loss" in e) > 0.5
 
 
+@pytest.mark.slow
 def test_reference_as_proposal_finds_the_optimum_of_rewards_far_apart(tmp_path):
     # rewards that span ten nats; the bias falls as 1/m only, so it takes more completions than the mixture does
     gap, uniform_gap, _ = fit(tmp_path, "reward", "reference", 1 / 10, num_generations=512)
@@ -47,6 +48,7 @@ def test_the_papers_own_estimator_collapses_far_apart_and_says_so(tmp_path, capl
     assert 'proposal="mixture"' in warning
 
 
+@pytest.mark.slow
 def test_temperature_of_the_samples_is_corrected_for(tmp_path):
     gap, uniform_gap, _ = fit(tmp_path, "reward", "reference", NEAR * 0.5, num_generations=256, temperature=1.3)
     assert 0 <= gap <= 1e-3
