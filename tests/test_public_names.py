@@ -101,7 +101,7 @@ OWN_ARGUMENTS = {
 # Names that are read of objects which the reader cannot follow, by their class.
 READ = {
     "accelerate.Accelerator": "is_main_process num_processes process_index sync_gradients wait_for_everyone",
-    "datasets.Dataset": "add_column remove_columns",
+    "datasets.Dataset": "add_column iter remove_columns with_format",
     "peft.PeftConfig": "base_model_name_or_path is_prompt_learning peft_type task_type trainable_token_indices",
     "peft.PeftModel": "active_adapter disable_adapter get_base_model load_adapter peft_config set_adapter unload",
     "peft.tuners.tuners_utils.BaseTuner": "disable_adapter_layers enable_adapter_layers",
@@ -112,7 +112,7 @@ READ = {
     + " ".join(REFUSED_OPTIONS),
     "transformers.PreTrainedConfig": "_name_or_path get_text_config id2label is_encoder_decoder model_type",
     "transformers.PreTrainedModel": "base_model_prefix can_generate generation_config set_attn_implementation",
-    "transformers.PreTrainedTokenizerBase": "apply_chat_template pad",
+    "transformers.PreTrainedTokenizerBase": "apply_chat_template chat_template convert_ids_to_tokens pad",
     "transformers.Trainer": "accelerator",
     "transformers.TrainerControl": "should_training_stop",
     "transformers.TrainerState": "epoch global_step is_local_process_zero is_world_process_zero",
@@ -225,7 +225,17 @@ def test_swallowed_keywords_are_listed():
 
 def test_what_cannot_be_followed_is_listed():
     theirs = set().union(*map(dir, samples()))
-    others = torch.ones(1), nn.Linear(1, 1), pyarrow.Table, argparse.ArgumentParser(), re.compile(""), "", {}, []
+    others = (
+        torch.ones(1),
+        nn.Linear(1, 1),
+        nn.Embedding(1, 1),
+        pyarrow.Table,
+        argparse.ArgumentParser(),
+        re.compile(""),
+        "",
+        {},
+        [],
+    )
     known = names_of(*READ.values(), *MENTIONED.values(), OURS, FORWARD, IN_KWARGS) | defined_names(own_code())
     known = known.union(*map(dir, others))
     found: dict[str, str] = {}

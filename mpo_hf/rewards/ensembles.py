@@ -1,14 +1,16 @@
 """Several rewards for the same objective, combined into one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any, Literal
 
 import torch
 
-from .functions import RewardFunction, make_reward_functions, validate_rewards
+from .building import make_reward_functions
+from .functions import RewardFunction
 from .loading import Text
+from .values import validate_rewards
 
 
 AGGREGATIONS = ("mean", "worst_case", "uncertainty")
@@ -97,6 +99,11 @@ class RewardEnsemble(RewardFunction):
         self.metrics = {member.name: values for member, values in zip(self.members, rewards.unbind(-1))}
         self.metrics["disagreement"] = rewards.std(-1, correction=0)
         return validate_rewards(self.name, aggregate_rewards(rewards, self.aggregation, self.coefficient), completions)
+
+    def check(self, prompts: Sequence[Text], columns: Iterable[str]) -> None:
+        columns = list(columns)
+        for member in self.members:
+            member.check(prompts, columns)
 
     def to(self, device: torch.device | str) -> "RewardEnsemble":
         """Moves the members' models."""

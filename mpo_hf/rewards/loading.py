@@ -5,13 +5,14 @@ import functools
 import math
 import os
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import find_adapter_config_file
 
 from ..mixture.hub_files import Location, require_safetensors
@@ -45,20 +46,25 @@ class RewardModelSpec:
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or `str`, *optional*): tokenizer. Defaults to the one
             beside the adapter, where TRL's RewardTrainer saves it, or else to the one in the repo of the model.
         gguf_file (`str`, *optional*): GGUF file with the weights and the tokenizer of the base.
-        template (`str` or `Callable[[prompt, completion], str]`, *optional*): text that is scored. A string has the
-            field `{completion}` and optionally `{prompt}`: a plain text, or the content of a single message; literal braces
-            are doubled. Defaults, as in TRL, to the chat template applied to both, or to both plain texts joined.
+        template (`str`, pair of `str`, or `Callable[[prompt, completion], str]`, *optional*): text that is scored. A string has
+            the field `{completion}` and optionally `{prompt}`: a plain text, or the content of a single message; literal braces
+            are doubled. A pair, `("{prompt}", "{completion}")`, is for a model that was trained on pairs of texts. Defaults, as
+            in TRL, to the chat template applied to both, or to both plain texts joined. A text without any token gets the reward
+            of the special tokens that the tokenizer adds to it, or else of its EOS token.
         chat_template_kwargs (`dict`, *optional*): for the tokenizer's chat template, if it is used.
-        add_special_tokens (`bool`, defaults to `False`): whether the tokenizer adds its special tokens. Not by default,
-            as in TRL, because a chat template adds them itself. Encoders such as BERT need `True`.
+        add_special_tokens (`bool`, *optional*): whether the tokenizer adds its special tokens, where the text does not have them
+            already. By default, it adds them for models that read a text in both directions, such as BERT or T5, and, as in TRL,
+            not for others, nor to what a chat template writes. It must be set for another model with a `template` whose
+            tokenizer has special tokens to add.
         logit (`int` or `str`, *optional*): index or label name of the output. Required if the model has several.
         sign (`int`, defaults to 1): 1 or -1.
         scale (`float`, defaults to 1.0): above 0.
         offset (`float`, defaults to 0.0): added last.
         activation (`str`, *optional*): `"sigmoid"` of the one logit, `"softmax"` or `"log_softmax"` over all.
         max_length (`int`, *optional*): maximum number of tokens of an input. Defaults to the lower of the model's
-            `max_position_embeddings` and the tokenizer's `model_max_length`. A longer input is a `ValueError`, and never
-            truncated, since a part of a text has another reward. To truncate, use a callable `template`.
+            `max_position_embeddings` and the tokenizer's `model_max_length`. A longer input is a `ValueError`, since a part of a
+            text has another reward.
+        truncation_side (`str`, *optional*): `"left"` or `"right"`, the end of a longer input that is cut off instead.
         batch_size (`int`, defaults to 8): inputs per forward pass.
         label (`str`, *optional*): name of the objective. Defaults to the last part of the adapter's or model's path.
         model_kwargs (`dict`, *optional*): for the model's `from_pretrained`, the only way to enable
@@ -85,15 +91,16 @@ class RewardModelSpec:
     adapter_subfolder: str | None = None
     processing_class: PreTrainedTokenizerBase | str | None = None
     gguf_file: str | None = None
-    template: str | Callable[[Text, Text], str] | None = None
+    template: str | Sequence[str] | Callable[[Text, Text], str] | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    add_special_tokens: bool = False
+    add_special_tokens: bool | None = None
     logit: int | str | None = None
     sign: int = 1
     scale: float = 1.0
     offset: float = 0.0
     activation: Literal["sigmoid", "softmax", "log_softmax"] | None = None
     max_length: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
     batch_size: int = 8
     label: str | None = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -109,11 +116,15 @@ class RewardModelSpec:
             self._check(name, self.adapter is not None or not getattr(self, name), "left out without `adapter`")
         named = isinstance(self.model, str) and self.model != ""
         self._check("model", loaded or named, "a repo id, a folder or a loaded model")
-        fields = template_fields(self.template) if isinstance(self.template, str) else {"completion"}
-        usable = (self.template is None or isinstance(self.template, str) or callable(self.template)) and (
-            {"completion"} <= fields <= {"prompt", "completion"}
+        usable = self.template is None or callable(self.template)
+        if not usable and _is_template(self.template):
+            usable = {"completion"} <= template_fields(self.template) <= {"prompt", "completion"}
+        self._check(
+            "template",
+            usable,
+            "a callable, a str with {completion} and perhaps {prompt} as only fields, or a pair of str",
         )
-        self._check("template", usable, "a callable, or a str with {completion} and perhaps {prompt} as only fields")
+        self._check("add_special_tokens", self.add_special_tokens in (None, True, False), "True, False or None")
         indexed = self.logit is None or isinstance(self.logit, (int, str)) and not isinstance(self.logit, bool)
         self._check("logit", indexed, "an index or a label name")
         self._check("sign", self.sign in (1, -1), "1 or -1 (use `scale` for a factor)")
@@ -121,6 +132,7 @@ class RewardModelSpec:
         self._check("offset", math.isfinite(self.offset), "finite")
         self._check("activation", self.activation in ACTIVATIONS, f"one of {list(ACTIVATIONS)}")
         self._check("batch_size", _is_count(self.batch_size), "an integer above 0")
+        self._check("truncation_side", self.truncation_side in (None, "left", "right"), "'left' or 'right'")
         self._check("max_length", self.max_length is None or _is_count(self.max_length), "an integer above 0")
 
     def _check(self, name: str, valid: bool, must_be: str):
@@ -128,8 +140,14 @@ class RewardModelSpec:
             raise ValueError(f"RewardModelSpec: `{name}` must be {must_be}, but is {getattr(self, name)!r}.")
 
 
-def template_fields(template: str) -> set[str]:
-    return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+def _is_template(value: Any) -> bool:
+    pair = isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(part, str) for part in value)
+    return isinstance(value, str) or pair
+
+
+def template_fields(template: str | Sequence[str]) -> set[str]:
+    parts = [template] if isinstance(template, str) else template
+    return {name for part in parts for _, name, _, _ in string.Formatter().parse(part) if name is not None}
 
 
 def _is_count(value: Any) -> bool:
@@ -249,6 +267,10 @@ def choose_logit(spec: RewardModelSpec, name: str, config: Any) -> int:
     labels = dict(config.id2label)
     if len(labels) == 1 and spec.activation in ("softmax", "log_softmax"):
         raise ValueError(f"{spec.activation} over the one output of reward {name!r} is constant. Use 'sigmoid'.")
+    if list(labels.values()).count(spec.logit) > 1:
+        raise ValueError(
+            f"Several outputs of reward {name!r} are called {spec.logit!r}: give the index. Its id2label: {labels}."
+        )
     choices = {0: 0, None: 0} if len(labels) == 1 else {}
     choices |= {label: index for index, label in labels.items()} | {index: index for index in labels}
     if spec.logit not in choices:
@@ -259,7 +281,19 @@ def choose_logit(spec: RewardModelSpec, name: str, config: Any) -> int:
     return choices[spec.logit]
 
 
-def length_limit(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    limits = (getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length)
+def length_limit(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
+    for name, module in model.named_modules():
+        # a RoBERTa counts positions from behind its padding index, and has that many fewer than its config says
+        if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)
     # the limit of a tokenizer without one is 10^30
     return min((limit for limit in limits if limit is not None and 0 < limit < 10**20), default=None)
+
+
+def reads_both_ways(config: Any, tokenizer: PreTrainedTokenizerBase, added: Sequence[int]) -> bool:
+    """Whether a classifier reads texts in both directions, and so needs the special tokens that it was trained with."""
+    # the classification and separator tokens are those of encoders
+    ends = {tokenizer.cls_token_id, tokenizer.sep_token_id} & set(added)
+    config = config.get_text_config()
+    return bool(ends) or config.is_encoder_decoder or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES

@@ -337,7 +337,7 @@ def given_rollouts(
         `ValueError`: for a folder that is not a store, and for a table without a column that cannot be computed.
     """
     if isinstance(rollouts, Dataset):
-        _check_columns(rollouts.column_names)
+        check_columns(rollouts.column_names)
         own = [name for name in ("id", "step") if name in rollouts.column_names]
         return rollouts.remove_columns(own).add_column("id", np.arange(len(rollouts))), None
     folder = Path(rollouts)
@@ -347,10 +347,11 @@ def given_rollouts(
     if not store.shards():
         raise ValueError(f"The folder {str(folder)!r} holds no completions yet.")
     stored = StoredCompletions(store, objectives)
-    _check_columns(stored.column_names)
+    check_columns(stored.column_names)
     return stored, store
 
 
-def _check_columns(names: Sequence[str]) -> None:
+def check_columns(names: Sequence[str]) -> None:
+    """Raises a `ValueError` unless columns of these names tell prompts and completions."""
     if "prompt" not in names or not {"completion", "completion_ids"} & set(names):
         raise ValueError(f"Rollouts need the columns 'prompt' and 'completion'; these have {list(names)}.")

@@ -1,5 +1,6 @@
 """Checks of what a trainer is given, before anything is sampled."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..mixture.hub import check_pushable
 from ..mixture.modeling_mixture import MixturePolicyModel
 from ..rollouts.store import RolloutStore
 from .mpo_config import MPOConfig
+from .tables import check_prompts, check_rollouts
 from .unused_options import warn_of_unused_options
 
 
@@ -41,7 +43,7 @@ def check_arguments(
     reward_funcs: Sequence[Any],
     train_dataset: Dataset | IterableDataset | None,
     eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None,
-    has_rollouts: bool,
+    rollouts: str | os.PathLike | Dataset | None,
 ) -> None:
     """
     Checks the arguments of a trainer before models are loaded.
@@ -51,19 +53,26 @@ def check_arguments(
         model: the mixture, or the list of policies.
         reward_funcs (`Sequence`): the reward functions, none for an empty list.
         train_dataset, eval_dataset: the prompts.
-        has_rollouts (`bool`): whether completions are given instead of prompts.
+        rollouts (`str`, `os.PathLike` or `Dataset`, *optional*): completions that are given instead of prompts.
 
     Raises:
         `ValueError`: for arguments that do not fit together.
     """
     if not isinstance(args, MPOConfig):
         raise ValueError(f"`args` must be an MPOConfig, got {type(args).__name__}.")
-    if not has_rollouts:
-        _check_prompts("train_dataset", train_dataset)
-    elif train_dataset is not None or args.estimator != "mis":
+    has_rollouts = rollouts is not None
+    if has_rollouts and (train_dataset is not None or args.estimator != "mis"):
         raise ValueError('`rollouts` takes the place of `train_dataset`, and needs `estimator="mis"`.')
+    if has_rollouts:
+        count = len(model) if isinstance(model, list | tuple) else None
+        check_rollouts(rollouts, count, args.objective != "implicit", bool(reward_funcs))
+    elif train_dataset is None:
+        raise ValueError("`train_dataset` is needed: prompts, in TRL's prompt-only format.")
+    else:
+        check_prompts("train_dataset", train_dataset)
     for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
-        _check_prompts(f"eval_dataset {name}".strip(), dataset, required=False)
+        if dataset is not None:
+            check_prompts(f"eval_dataset {name}".strip(), dataset)
     if not reward_funcs and args.objective != "implicit" and not has_rollouts:
         raise ValueError(
             f"`objective={args.objective!r}` needs `reward_funcs`, one an objective. Only the objective 'implicit' works "
@@ -198,15 +207,3 @@ def _check_reward_count(reward_funcs: Sequence[Any], num_policies: int) -> None:
         raise ValueError(
             f"Got {len(reward_funcs)} `reward_funcs` for {num_policies} policies; MPO needs one for each."
         )
-
-
-def _check_prompts(name: str, dataset: Dataset | IterableDataset | None, required: bool = True) -> None:
-    if dataset is None:
-        if required:
-            raise ValueError(f"`{name}` is needed: prompts, in TRL's prompt-only format.")
-        return
-    if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty.")
-    columns = getattr(dataset, "column_names", None) or list(next(iter(dataset)))
-    if "prompt" not in columns:
-        raise ValueError(f"`{name}` needs a column 'prompt', it has {columns}.")

@@ -60,6 +60,7 @@ class FitLogging:
         for name, reward in zip(self.objective_names, self.reward_functions):
             for metric, values in reward.metrics.items():
                 self.record(mode, f"ensembles/{name}/{metric}", values)
+        self._record_users_metrics(mode)
 
     def _record_certificate(self) -> None:
         """Records the quality of the weights after they have been fitted to a new estimate."""

@@ -129,7 +129,7 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
         args = args if args is not None else MPOConfig("mpo_output")
         if not isinstance(reward_funcs, list | tuple):
             reward_funcs = [] if reward_funcs is None else [reward_funcs]
-        check_arguments(args, model, reward_funcs, train_dataset, eval_dataset, rollouts is not None)
+        check_arguments(args, model, reward_funcs, train_dataset, eval_dataset, rollouts)
         model, self.reference_policy = load_policies(model, ref_model, args)
         check_mixture(args, model, self.reference_policy, reward_funcs, rollouts is not None)
         self.reward_functions = (
@@ -167,8 +167,7 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
         if self._is_given:
             batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
             args.max_steps = math.ceil(len(train_dataset) / (batch * self.accelerator.num_processes))
-        else:
-            self._check_prompt_lengths(train_dataset)
+        self._check_data(given_store)
         for reward in self.reward_functions:
             reward.to(self.accelerator.device)
         self._config_is_shared = self.takes_best_step = False

@@ -1,19 +1,31 @@
 """The completions of a step, drawn or given, with their log-probabilities and rewards."""
 
 import functools
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
+from transformers.utils import logging
 
 from ..mixture.modeling_mixture import MixturePolicyModel
-from ..rewards.functions import given_rewards
+from ..rewards.functions import LOGGERS
+from ..rewards.values import shorten
 from ..rollouts import Completions, completion_texts, pad_completions, sample_completions, tokenize_prompts
 from ..rollouts.scoring import CompletionScorer
-from ..rollouts.store import COLUMNS
+from ..rollouts.store import COLUMNS, RolloutStore
 from .mpo_config import MPOConfig
 from .progress import drawing_bar
+from .tables import BATCH, IDS, NUMBERS, batches_of, check_numbers, check_text_list, columns_of_rows, texts_of
+
+
+logger = logging.get_logger(__name__)
+
+# Columns of a dataset of prompts that reward functions do not get, as in TRL.
+NOT_PASSED = ("prompt", "completion", "completion_ids")
 
 
 class CompletionSampling:
@@ -22,27 +34,112 @@ class CompletionSampling:
     args: MPOConfig
     model: MixturePolicyModel
 
-    # ---- prompts ----
+    # ---- what is given ----
 
-    def _check_prompt_lengths(self, dataset: Dataset | IterableDataset) -> None:
-        """Raises an error for prompts that leave no room for a completion, before anything is sampled."""
-        if not isinstance(dataset, IterableDataset):
-            for start in range(0, len(dataset), 1000):
-                self._tokenize(dataset[start : start + 1000]["prompt"])
+    def _check_data(self, store: RolloutStore | None) -> None:
+        """Raises an error for rows that cannot be completed or scored, before anything runs."""
+        if self._is_given:
+            self._check_given(store)
+        else:
+            self._check_prompts("`train_dataset`", self.train_dataset)
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for name, dataset in evaluated.items():
+            if dataset is not None:
+                self._check_prompts(f"`eval_dataset {name}".strip() + "`", dataset)
 
-    def _tokenize(self, prompts: list) -> list[list[int]]:
-        prompt_ids = tokenize_prompts(prompts, self.processing_class, self.args.chat_template_kwargs)
-        context = self.model.config.max_position_embeddings
-        for prompt, ids in zip(prompts, prompt_ids):
+    def _check_prompts(self, name: str, dataset: Dataset | IterableDataset) -> None:
+        columns = [column for column in columns_of_rows(dataset) if column not in NOT_PASSED]
+        self._check_rewards([], columns)  # of a stream, the columns alone are known
+        if isinstance(dataset, Dataset):
+            for start, prompts in texts_of(dataset, "prompt"):
+                self._tokenize(prompts, name, start)
+                self._check_rewards(prompts, columns)
+
+    def _check_given(self, store: RolloutStore | None) -> None:
+        rows, config, count = self.train_dataset, self.model.config, len(self.objective_names)
+        batches = batches_of(rows)
+        if store is not None:
+            batches, count = store.tables(NUMBERS), len(store.info["objectives"])
+        skipped = ("rewards",) if self.reward_functions else ()
+        check_numbers(batches, count, config.vocab_size, config.max_position_embeddings, skipped)
+        if self.reward_functions:
+            columns = [column for column in rows.column_names if column not in ("prompt", *COLUMNS)]
+            for prompts in self._given_prompts(store):
+                self._check_rewards(prompts, columns)
+        if store is None and not set(IDS) <= set(rows.column_names):
+            self._check_given_lengths(rows)
+
+    def _given_prompts(self, store: RolloutStore | None) -> Iterator[list]:
+        if store is None:
+            yield from (prompts for _, prompts in texts_of(self.train_dataset, "prompt"))
+        else:
+            yield from (table["prompt"].to_pylist() for table in store.tables(("prompt",)))
+
+    def _check_given_lengths(self, rollouts: Dataset) -> None:
+        context = self.model.config.max_position_embeddings or math.inf
+        texts = rollouts.select_columns(
+            [name for name in ("prompt", "completion", *IDS) if name in rollouts.column_names]
+        )
+        for start in range(0, len(texts), BATCH):
+            ids = self._given_ids(texts[start : start + BATCH], start)
+            for row, (prompt, completion) in enumerate(zip(*ids), start):
+                if not completion or len(prompt) + len(completion) > context:
+                    raise ValueError(
+                        f"Row {row} of `rollouts` has {len(prompt)} tokens in its prompt and {len(completion)} in its completion, "
+                        f"which must be one or more, and fit into the context of {context} tokens. Leave such rows out."
+                    )
+
+    def _check_rewards(self, prompts: Sequence, columns: list[str]) -> None:
+        names = ["completion_ids", "trainer_state", *LOGGERS, *columns]
+        for reward in self.reward_functions:
+            reward.check(prompts, names)
+
+    def _tokenize(
+        self, prompts: list, table: str = "the dataset", start: int | None = None, takes_completions: bool = True
+    ) -> list[list[int]]:
+        """
+        The token ids of prompts.
+
+        Args:
+            prompts (`list`): the prompts.
+            table (`str`, *optional*): where they come from, for messages.
+            start (`int`, *optional*): the row of the first of them, if that is known.
+            takes_completions (`bool`, *optional*, defaults to `True`): whether completions are drawn for them.
+        """
+
+        def place(row: int) -> str:
+            return f"A row of {table}" if start is None else f"Row {start + row} of {table}"
+
+        check_text_list(prompts, place, "prompt")
+        try:
+            prompt_ids = tokenize_prompts(prompts, self.processing_class, self.args.chat_template_kwargs)
+        except Exception as error:  # chat templates raise errors of their own, and those of Jinja
+            row = self._untokenizable(prompts)
+            raise ValueError(
+                f"{place(row)} has the prompt {shorten(prompts[row])}, which the tokenizer cannot take: {error}"
+            ) from error
+        context, room = self.model.config.max_position_embeddings, self.args.max_completion_length
+        for row, ids in enumerate(prompt_ids):
             if not ids:
-                raise ValueError(f"The prompt {prompt!r} has no tokens.")
-            if context is not None and len(ids) + self.args.max_completion_length > context:
                 raise ValueError(
-                    f"A prompt of {len(ids)} tokens and a completion of {self.args.max_completion_length} do not fit into "
-                    f"the context of {context} tokens: {str(prompt)[:200]!r}. Drop such prompts, or lower "
+                    f"{place(row)} has the prompt {prompts[row]!r}, which has no tokens. Leave such rows out."
+                )
+            if takes_completions and context is not None and len(ids) + room > context:
+                raise ValueError(
+                    f"{place(row)} has a prompt of {len(ids)} tokens, which with a completion of {room} do not fit into the "
+                    f"context of {context} tokens: {str(prompts[row])[:200]!r}. Drop such prompts, or lower "
                     "`max_completion_length`."
                 )
         return prompt_ids
+
+    def _untokenizable(self, prompts: list) -> int:
+        """The first prompt that cannot be tokenized."""
+        for row, prompt in enumerate(prompts):
+            try:
+                tokenize_prompts([prompt], self.processing_class, self.args.chat_template_kwargs)
+            except Exception:
+                return row
+        return 0
 
     # ---- completions ----
 
@@ -87,24 +184,28 @@ class CompletionSampling:
 
     def _given_completions(self, inputs: list[dict[str, Any]]) -> Completions:
         """The completions of a dataset. Texts are tokenized, and the end token is added."""
-        known = columns_of(inputs)
-        prompt_ids = known["prompt_ids"] if "prompt_ids" in known else self._tokenize(known["prompt"])
-        if "completion_ids" in known:
-            completion_ids = known["completion_ids"]
+        ids = self._given_ids(columns_of(inputs))
+        return pad_completions(*ids, self.processing_class.pad_token_id, self.model.device)
+
+    def _given_ids(self, known: dict[str, list], start: int | None = None) -> tuple[list[list[int]], list[list[int]]]:
+        if "prompt_ids" in known:
+            prompt_ids = known["prompt_ids"]
         else:
-            texts = [c if isinstance(c, str) else c[-1]["content"] for c in known["completion"]]
-            encoded = self.processing_class(text=texts, add_special_tokens=False)["input_ids"]
-            end = [self.processing_class.eos_token_id] if self.processing_class.eos_token_id is not None else []
-            completion_ids = [ids + end for ids in encoded]
-        return pad_completions(prompt_ids, completion_ids, self.processing_class.pad_token_id, self.model.device)
+            prompt_ids = self._tokenize(known["prompt"], "`rollouts`", start, takes_completions=False)
+        if "completion_ids" in known:
+            return prompt_ids, known["completion_ids"]
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in known["completion"]]
+        encoded = self.processing_class(text=texts, add_special_tokens=False)["input_ids"]
+        end = [self.processing_class.eos_token_id] if self.processing_class.eos_token_id is not None else []
+        return prompt_ids, [ids + end for ids in encoded]
 
     def _known_rewards(self, known: dict[str, list] | None) -> torch.Tensor | None:
-        if self.args.objective != "implicit" and not self.reward_functions and None in known.get("rewards", [None]):
+        rewards = known.get("rewards", [None]) if known else [None]
+        if self.args.objective != "implicit" and not self.reward_functions and None in rewards:
             raise ValueError(
                 f"The rewards of {self.objective_names} are not all known from the rollouts. Pass `reward_funcs`."
             )
-        rewards = known.get("rewards", [None]) if known else [None]
-        return None if None in rewards else given_rewards(rewards, known["id"], self.objective_names)
+        return None if self.reward_functions or None in rewards else torch.tensor(rewards, dtype=torch.float64)
 
     # ---- their scores ----
 
@@ -160,11 +261,36 @@ class CompletionSampling:
         repeated = self._repeated(inputs, completions)
         prompts, completion_ids = [example["prompt"] for example in repeated], completions.id_lists()
         texts = completion_texts(completions, prompts, self.processing_class)
-        columns = {name: [e[name] for e in repeated] for name in repeated[0] if name not in ("prompt", *COLUMNS)}
+        # a column of a prompt dataset may have the name of one of the store, and is still the user's own
+        left_out = ("prompt", *COLUMNS) if self._is_given else NOT_PASSED
+        columns = {name: [e[name] for e in repeated] for name in repeated[0] if name not in left_out}
         columns |= {"completion_ids": completion_ids, "trainer_state": self.state}
+        columns |= {"log_metric": self._log_users_metric, "log_extra": self._log_extra}
         functions = self.reward_functions if objectives is None else [self.reward_functions[k] for k in objectives]
         rewards = [reward(prompts, texts, **columns) for reward in functions]
         return torch.stack(rewards, dim=-1).double().cpu()
+
+    # ---- what reward functions log ----
+
+    @functools.cached_property
+    def _users_metrics(self) -> dict[str, list[float]]:
+        return defaultdict(list)
+
+    def _log_users_metric(self, name: str, value: float) -> None:
+        self._users_metrics[name].append(float(value))
+
+    def _log_extra(self, column: str, values: Sequence) -> None:
+        logger.warning_once(
+            f"`log_extra` of the column {column!r} has no effect, as no table of completions is logged. Use `log_metric` for "
+            "numbers; prompts and completions are in the folder `_rollouts`."
+        )
+
+    def _record_users_metrics(self, mode: str) -> None:
+        """Records what reward functions have passed to `log_metric` since the last call, in some processes or in all."""
+        for name in sorted(set(gather_object(list(self._users_metrics)))):
+            values = gather_object(self._users_metrics[name])
+            self._metrics[mode][name].append(sum(values) / len(values))
+        self._users_metrics.clear()
 
     def _repeated(self, inputs: list[dict[str, Any]], completions: Completions) -> list[dict[str, Any]]:
         """The example that every completion belongs to."""

@@ -351,25 +351,26 @@ class TestModels:
     )
     def test_template(self, template, text):
         model = make_model()
-        reward = make_reward(model, template=template)
+        reward = make_reward(model, template=template, add_special_tokens=False)
         expected = scores_by_hand(model, [text.format(p=p, c=c) for p, c in zip(PROMPTS, COMPLETIONS)])[:, 0]
         for prompts, completions in ((PROMPTS, COMPLETIONS), (CHATS, ANSWERS)):
             torch.testing.assert_close(reward(prompts, completions), expected, **CLOSE)
 
     def test_template_braces_in_texts_are_text(self):
-        assert make_reward(template="{{{prompt}}} {completion}")._text(0, "{x}", "{prompt}") == "{{x}} {prompt}"
+        reward = make_reward(template="{{{prompt}}} {completion}", add_special_tokens=False)
+        assert reward.inputs.text("", "{x}", "{prompt}") == "{{x}} {prompt}"
 
     def test_texts_it_cannot_make(self):
         two = [{"role": "system", "content": "good"}, *CHATS[0]]
         with pytest.raises(ValueError, match="single message of text, but for completion 0"):
-            make_reward(template="{prompt}{completion}")([two], [ANSWERS[0]])
-        assert make_reward(template="{completion}")([two], [ANSWERS[0]]).shape == (1,)
+            make_reward(add_special_tokens=False, template="{prompt}{completion}")([two], [ANSWERS[0]])
+        assert make_reward(add_special_tokens=False, template="{completion}")([two], [ANSWERS[0]]).shape == (1,)
         with pytest.raises(ValueError, match="no text for completion 0"):
             make_reward()([CHATS[0]], ["plain"])
         with pytest.raises(ValueError, match="no text for completion 0"):
-            make_reward(template=lambda prompt, completion: None)(["a"], ["b"])
+            make_reward(add_special_tokens=False, template=lambda prompt, completion: None)(["a"], ["b"])
         with pytest.raises(RewardError, match="raised ZeroDivisionError"):
-            make_reward(template=lambda prompt, completion: 1 / 0)(["a"], ["b"])
+            make_reward(add_special_tokens=False, template=lambda prompt, completion: 1 / 0)(["a"], ["b"])
 
     def test_logit_sign_scale_offset_activation(self):
         labels = {0: "bad", 1: "good", 2: "neither"}
@@ -409,10 +410,6 @@ class TestModels:
             reward(["the cat", "the cat"], [" sat .", " sat on ."])
         if where != "spec":
             assert make_reward(model, tokenizer, max_length=8)(["the cat"], [" sat on ."]).shape == (1,)
-
-    def test_empty_text(self):
-        with pytest.raises(ValueError, match="completion 0 has 0"):
-            make_reward()([""], [""])
 
     def test_encoder_with_special_tokens(self):
         torch.manual_seed(0)

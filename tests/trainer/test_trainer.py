@@ -283,7 +283,7 @@ def test_rewards_see_columns_and_prompts_as_trl_gives_them(mixture, tmp_path):
     prompts, completions, completion_ids, answer, step, more = seen[0]
     assert prompts == [PROMPTS[0]] * 4 + [PROMPTS[1]] * 4
     assert answer == [0] * 4 + [1] * 4
-    assert step == 0 and not more
+    assert step == 0 and more == {"log_metric", "log_extra"}
     assert [toy_tokenizer().decode(ids) for ids in completion_ids] == completions
 
 
