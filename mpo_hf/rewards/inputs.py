@@ -39,6 +39,7 @@ class RewardInputs:
         self, spec: RewardModelSpec, name: str, tokenizer: PreTrainedTokenizerBase, config: Any, max_length: int | None
     ):
         self.spec, self.name, self.tokenizer, self.max_length = spec, name, tokenizer, max_length
+        self._told: set[str] = set()
         self._vocab_size = getattr(config.get_text_config(), "vocab_size", None) or math.inf
         if tokenizer.pad_token_id >= self._vocab_size:
             raise ValueError(
@@ -76,11 +77,17 @@ class RewardInputs:
         if self.spec.add_special_tokens is not None:
             return self.spec.add_special_tokens
         if self._is_undecided and not is_chat:
-            logger.warning_once(
+            self._tell(
                 f"Texts get their reward {self.name!r} without the {self._added} that its tokenizer would add, as in TRL's "
                 "GRPOTrainer. Set `add_special_tokens` in a RewardModelSpec: True if the model was trained with them, else False."
             )
         return self._reads_both_ways and not is_chat
+
+    def _tell(self, message: str) -> None:
+        """Warns of something once."""
+        if message not in self._told:
+            self._told.add(message)
+            logger.warning(message)
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text]) -> dict[str, list[list[int]]]:
         """The columns that the model takes, such as `input_ids`: a list of each completion's numbers, without padding."""
@@ -94,7 +101,7 @@ class RewardInputs:
         if too_long and self.spec.truncation_side is None:
             self._refuse_length(too_long[0], len(columns["input_ids"][too_long[0]]), completions)
         if too_long:
-            logger.warning_once(
+            self._tell(
                 f"Inputs of the reward {self.name!r} have more than {limit} tokens. The {self.spec.truncation_side} end of their "
                 "texts is cut off."
             )
@@ -207,7 +214,7 @@ class RewardInputs:
                 f"The reward {self.name!r} got a text without any token, and its tokenizer has no special token to score instead. "
                 "Give `template` as a callable (prompt, completion) -> str that writes something for an empty completion."
             )
-        logger.warning_once(
+        self._tell(
             f"The reward {self.name!r} got a text without any token. Such texts get the reward of "
             f"{self.tokenizer.convert_ids_to_tokens(ids)}. For another one, give `template` as a callable."
         )

@@ -51,7 +51,7 @@ def check_prompts(name: str, dataset: Dataset | IterableDataset) -> None:
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         raise ValueError(
-            f"`{name}` must be a Dataset or an IterableDataset, got {shorten(dataset)}. Choose a split of a DatasetDict, or use "
+            f"`{name}` must be a Dataset or an IterableDataset, got a {type(dataset).__name__}. Choose a split of a DatasetDict, or use "
             "`Dataset.from_list` or `Dataset.from_pandas`."
         )
     if isinstance(dataset, Dataset) and len(dataset) == 0:
@@ -157,7 +157,7 @@ def check_rollouts(rollouts: Any, num_objectives: int | None, needs_rewards: boo
         return
     if not isinstance(rollouts, Dataset):
         raise ValueError(
-            f"`rollouts` must be a Dataset or the folder of a store, got {shorten(rollouts)}. Choose a split of a DatasetDict, or "
+            f"`rollouts` must be a Dataset or the folder of a store, got a {type(rollouts).__name__}. Choose a split of a DatasetDict, or "
             "use `Dataset.from_list` or `Dataset.from_pandas`."
         )
     if len(rollouts) == 0:

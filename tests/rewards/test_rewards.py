@@ -86,6 +86,10 @@ class TestSpec:
             ("template", "{prompt} {completion} {answer}"),
             ("template", "{} {completion}"),
             ("template", 3),
+            ("template", ("{prompt}", "{prompt}")),
+            ("template", ("{prompt}", "{completion}", "")),
+            ("add_special_tokens", "yes"),
+            ("truncation_side", "both"),
             ("logit", True),
             ("logit", 0.5),
             ("sign", 0),
@@ -137,6 +141,42 @@ class TestCallables:
         CallableReward(reward)(["a", "b"], ["c", "d"], **columns)
         assert seen == [{"prompts": ["a", "b"], "completions": ["c", "d"], **columns}]
 
+    def test_what_trl_logs_with_is_there_outside_of_a_trainer(self):
+        def reward(completions, log_metric, log_extra, **kwargs):
+            log_metric("mean", 1.0)
+            log_extra("text", completions)
+            return [float("log_metric" in kwargs)]
+
+        assert CallableReward(reward)(["a"], ["b"]).tolist() == [0.0]
+        seen = []
+        CallableReward(reward)(
+            ["a"], ["b"], log_metric=lambda *of: seen.append(of), log_extra=lambda *of: seen.append(of)
+        )
+        assert seen == [("mean", 1.0), ("text", ["b"])]
+
+    def test_functions_that_cannot_be_called_are_refused_before_there_are_completions(self):
+        def closed(prompts, completions):
+            return [0.0]
+
+        def needy(completions, answer, **kwargs):
+            return [0.0]
+
+        @functools.wraps(closed)
+        def wrapper(**kwargs):
+            return [0.0]
+
+        CallableReward(needy).check([], ["answer", "source"])
+        for function in (wrapper, functools.partial(needy, answer=1), Constant(1.0), max):
+            CallableReward(function).check([], ["source"])
+        with pytest.raises(
+            ValueError, match="'closed' cannot be called with .*'source'.*: got an unexpected .*kwargs"
+        ):
+            CallableReward(closed).check([], ["source"])
+        with pytest.raises(
+            ValueError, match="'needy' cannot be called .*: missing a required argument: 'answer'.*dataset"
+        ):
+            CallableReward(needy).check([], ["source"])
+
     @pytest.mark.parametrize("function", [async_length, functools.partial(async_length, extra=1)])
     def test_async(self, function):
         reward = CallableReward(function)
@@ -166,7 +206,10 @@ class TestCallables:
         async def broken_async(completions, **kwargs):
             raise OSError("no judge")
 
-        for function, cause in ((broken, KeyError), (broken_async, OSError)):
+        def broken_generator(completions, **kwargs):
+            yield {}["missing"]
+
+        for function, cause in ((broken, KeyError), (broken_async, OSError), (broken_generator, KeyError)):
             with pytest.raises(RewardError, match=f"'{function.__name__}' raised {cause.__name__}") as error:
                 CallableReward(function)(["a"], ["b"])
             assert isinstance(error.value.__cause__, cause)
@@ -219,6 +262,7 @@ class TestValidation:
             (1.0, "1.0"),
             ("12", "'12'"),
             ({0: 1.0, 1: 1.0}, "{0: 1.0, 1: 1.0}"),
+            ({1.0, 2.0}, "{1.0, 2.0}"),
         ],
     )
     def test_bad_shape(self, bad, returned):
