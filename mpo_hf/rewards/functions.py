@@ -57,9 +57,10 @@ class RewardFunction(ABC):
 class CallableReward(RewardFunction):
     """
     A function with the signature of TRL's reward functions: `prompts`, `completions` and all columns (`completion_ids`,
-    `trainer_state`, `log_metric`, `log_extra`, those of the dataset) are passed as keyword arguments, and it returns one number
-    per completion, as a list, array or tensor. It may be async, even under a running event loop as in a notebook: all async functions of a process
-    share one loop in the background, so that a client can keep its connections open between calls.
+    `trainer_state`, `log_metric`, `log_extra`, those of the dataset) are passed as keyword arguments, and it returns one
+    number per completion, as a list, array or tensor. It may be async, even under a running event loop as in a notebook: all
+    async functions of a process share one loop in the background, so that a client can keep its connections open between
+    calls.
 
     Raises:
         `RewardError`: the function raised.
@@ -93,8 +94,8 @@ class CallableReward(RewardFunction):
                 self._signature.bind(**dict.fromkeys(names))
         except TypeError as error:
             raise ValueError(
-                f"The reward function {self.name!r} cannot be called with the keyword arguments {names}: {error}. Let it accept "
-                "`**kwargs`, and add columns that it needs to the dataset."
+                f"The reward function {self.name!r} cannot be called with the keyword arguments {names}: {error}. Let it "
+                "accept `**kwargs`, and add columns that it needs to the dataset."
             ) from error
 
 

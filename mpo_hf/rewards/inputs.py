@@ -50,15 +50,15 @@ class RewardInputs:
         self._reads_both_ways = reads_both_ways(config, tokenizer, [*self._before, *self._behind])
         if spec.template is not None and self._is_undecided:
             raise ValueError(
-                f"The tokenizer of reward {name!r} adds {self._added} to a text, and whether its model was trained with that is "
-                "not known. Set `add_special_tokens=True` if it was, or False if it was not; what a text has already is not added "
-                "again."
+                f"The tokenizer of reward {name!r} adds {self._added} to a text, and whether its model was trained with that "
+                "is not known. Set `add_special_tokens=True` if it was, or False if it was not; what a text has already is "
+                "not added again."
             )
         if spec.truncation_side is not None:
             if max_length is None:
                 raise ValueError(
-                    f"`truncation_side={spec.truncation_side!r}` of reward {name!r} needs a `max_length`, as neither the model nor "
-                    "the tokenizer has one."
+                    f"`truncation_side={spec.truncation_side!r}` of reward {name!r} needs a `max_length`, as neither the "
+                    "model nor the tokenizer has one."
                 )
             self._truncating = copy.deepcopy(tokenizer)
             self._truncating.truncation_side = spec.truncation_side
@@ -79,7 +79,7 @@ class RewardInputs:
         if self._is_undecided and not is_chat:
             self._tell(
                 f"Texts get their reward {self.name!r} without the {self._added} that its tokenizer would add, as in TRL's "
-                "GRPOTrainer. Set `add_special_tokens` in a RewardModelSpec: True if the model was trained with them, else False."
+                "GRPOTrainer. Set `add_special_tokens` in a RewardModelSpec: True if the model was trained with it, else False."
             )
         return self._reads_both_ways and not is_chat
 
@@ -102,8 +102,8 @@ class RewardInputs:
             self._refuse_length(too_long[0], len(columns["input_ids"][too_long[0]]), completions)
         if too_long:
             self._tell(
-                f"Inputs of the reward {self.name!r} have more than {limit} tokens. The {self.spec.truncation_side} end of their "
-                "texts is cut off."
+                f"Inputs of the reward {self.name!r} have more than {limit} tokens. The {self.spec.truncation_side} end of "
+                "their texts is cut off."
             )
             cut = self._encode(self._truncating, [texts[row] for row in too_long], adds, max_length=limit)
             for key, values in columns.items():
@@ -148,8 +148,8 @@ class RewardInputs:
         way_out = "give the text as `template` in a RewardModelSpec"
         if not self.tokenizer.chat_template:
             raise ValueError(
-                f"The prompts are conversations, but the tokenizer of reward {self.name!r} has no chat template. Set the one that "
-                f"the model was trained with, or {way_out}, such as '{{completion}}' for a classifier of completions."
+                f"The prompts are conversations, but the tokenizer of reward {self.name!r} has no chat template. Set the one "
+                f"that the model was trained with, or {way_out}, such as '{{completion}}' for a classifier of completions."
             )
         try:
             return apply_chat_template({"messages": messages}, self.tokenizer, **self.spec.chat_template_kwargs)[
@@ -211,8 +211,8 @@ class RewardInputs:
         ids = [*self._before, *self._behind] or [self.tokenizer.eos_token_id]
         if None in ids:
             raise ValueError(
-                f"The reward {self.name!r} got a text without any token, and its tokenizer has no special token to score instead. "
-                "Give `template` as a callable (prompt, completion) -> str that writes something for an empty completion."
+                f"The reward {self.name!r} got a text without any token, and its tokenizer has no special token to score "
+                "instead. Give `template` as a callable that writes something for an empty completion."
             )
         self._tell(
             f"The reward {self.name!r} got a text without any token. Such texts get the reward of "
@@ -222,10 +222,10 @@ class RewardInputs:
 
     def _refuse_length(self, row: int, length: int, completions: Sequence[Text]) -> None:
         raise ValueError(
-            f"The reward {self.name!r} takes 1 to {self.max_length} tokens, but the input of completion {row} has {length}, and a "
-            "truncated text would get another reward. Use shorter prompts or a lower `max_completion_length`, set `max_length` in "
-            "its RewardModelSpec if the model can take more, or `truncation_side` to cut off one end of such texts. The "
-            f"completion: {shorten(completions[row])}"
+            f"The reward {self.name!r} takes 1 to {self.max_length} tokens, but the input of completion {row} has {length}, "
+            "and a truncated text would get another reward. Use shorter prompts or a lower `max_completion_length`, set "
+            "`max_length` in its RewardModelSpec if the model can take more, or `truncation_side` to cut off one end of such "
+            f"texts. The completion: {shorten(completions[row])}"
         )
 
     def _check_ids(self, rows: list[list[int]], completions: Sequence[Text]) -> None:

@@ -46,24 +46,24 @@ class RewardModelSpec:
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or `str`, *optional*): tokenizer. Defaults to the one
             beside the adapter, where TRL's RewardTrainer saves it, or else to the one in the repo of the model.
         gguf_file (`str`, *optional*): GGUF file with the weights and the tokenizer of the base.
-        template (`str`, pair of `str`, or `Callable[[prompt, completion], str]`, *optional*): text that is scored. A string has
-            the field `{completion}` and optionally `{prompt}`: a plain text, or the content of a single message; literal braces
-            are doubled. A pair, `("{prompt}", "{completion}")`, is for a model that was trained on pairs of texts. Defaults, as
-            in TRL, to the chat template applied to both, or to both plain texts joined. A text without any token gets the reward
-            of the special tokens that the tokenizer adds to it, or else of its EOS token.
+        template (`str`, pair of `str`, or `Callable[[prompt, completion], str]`, *optional*): text that is scored. A string
+            has the field `{completion}` and optionally `{prompt}`: a plain text, or the content of a single message; literal
+            braces are doubled. A pair, `("{prompt}", "{completion}")`, is for a model that was trained on pairs of texts.
+            Defaults, as in TRL, to the chat template applied to both, or to both plain texts joined. A text without any token
+            gets the reward of the special tokens that the tokenizer adds to it, or else of its EOS token.
         chat_template_kwargs (`dict`, *optional*): for the tokenizer's chat template, if it is used.
-        add_special_tokens (`bool`, *optional*): whether the tokenizer adds its special tokens, where the text does not have them
-            already. By default, it adds them for models that read a text in both directions, such as BERT or T5, and, as in TRL,
-            not for others, nor to what a chat template writes. It must be set for another model with a `template` whose
-            tokenizer has special tokens to add.
+        add_special_tokens (`bool`, *optional*): whether the tokenizer adds its special tokens. By default, it adds them for
+            models that read a text in both directions, such as BERT or T5, and, as in TRL, not for others, nor to what a chat
+            template writes. It must be set for another model with a `template` whose tokenizer has special tokens to add; what
+            the template has written already is not added again.
         logit (`int` or `str`, *optional*): index or label name of the output. Required if the model has several.
         sign (`int`, defaults to 1): 1 or -1.
         scale (`float`, defaults to 1.0): above 0.
         offset (`float`, defaults to 0.0): added last.
         activation (`str`, *optional*): `"sigmoid"` of the one logit, `"softmax"` or `"log_softmax"` over all.
         max_length (`int`, *optional*): maximum number of tokens of an input. Defaults to the lower of the model's
-            `max_position_embeddings` and the tokenizer's `model_max_length`. A longer input is a `ValueError`, since a part of a
-            text has another reward.
+            `max_position_embeddings` and the tokenizer's `model_max_length`. A longer input is a `ValueError`, since a part
+            of a text has another reward.
         truncation_side (`str`, *optional*): `"left"` or `"right"`, the end of a longer input that is cut off instead.
         batch_size (`int`, defaults to 8): inputs per forward pass.
         label (`str`, *optional*): name of the objective. Defaults to the last part of the adapter's or model's path.

@@ -27,8 +27,8 @@ logger = logging.get_logger(__name__)
 class ModelReward(RewardFunction):
     """
     A sequence classifier as reward, by the conventions of TRL's GRPOTrainer: padding on the right whatever the tokenizer's
-    side, EOS for a missing pad token. A model whose rewards depend on padding, such as an XLNet, gets inputs of one length at a
-    time.
+    side, EOS for a missing pad token. A model whose rewards depend on padding, such as an XLNet, gets inputs of one length at
+    a time.
 
     Raises:
         `ValueError`: the model has several outputs and `logit` chooses none; its head is not in the checkpoint and
@@ -83,8 +83,8 @@ class ModelReward(RewardFunction):
             self._ignores_padding = torch.allclose(alone[0], logits[-1], tolerance, tolerance, equal_nan=True)
             if not self._ignores_padding:
                 logger.warning(
-                    f"The model of reward {self.name!r} gives a text another reward if it is padded. It scores texts of one length "
-                    "at a time, which takes longer."
+                    f"The model of reward {self.name!r} gives a text another reward if it is padded. It scores texts of one "
+                    "length at a time, which takes longer."
                 )
         if self._ignores_padding is False and lengths[-1] < lengths[0]:
             rows = range(len(lengths))
@@ -100,7 +100,7 @@ class ModelReward(RewardFunction):
         logits = self.model(**batch).logits
         if logits.ndim != 2 or logits.shape[-1] != self._num_labels:
             raise ValueError(
-                f"The reward {self.name!r} needs a sequence classifier, with logits of shape (batch, {self._num_labels}), one for "
-                f"each label of its config, but those of {type(self.model).__name__} have {tuple(logits.shape)}."
+                f"The reward {self.name!r} needs a sequence classifier, with logits of shape (batch, {self._num_labels}), one "
+                f"for each label of its config, but those of {type(self.model).__name__} have {tuple(logits.shape)}."
             )
         return logits.cpu().double()

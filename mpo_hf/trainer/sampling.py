@@ -85,8 +85,8 @@ class CompletionSampling:
             for row, (prompt, completion) in enumerate(zip(*ids), start):
                 if not completion or len(prompt) + len(completion) > context:
                     raise ValueError(
-                        f"Row {row} of `rollouts` has {len(prompt)} tokens in its prompt and {len(completion)} in its completion, "
-                        f"which must be one or more, and fit into the context of {context} tokens. Leave such rows out."
+                        f"Row {row} of `rollouts` has {len(prompt)} tokens in its prompt and {len(completion)} in its "
+                        f"completion, which must be one or more, and fit into the context of {context} tokens. Leave it out."
                     )
 
     def _check_rewards(self, prompts: Sequence, columns: list[str]) -> None:

@@ -51,8 +51,8 @@ def check_prompts(name: str, dataset: Dataset | IterableDataset) -> None:
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         raise ValueError(
-            f"`{name}` must be a Dataset or an IterableDataset, got a {type(dataset).__name__}. Choose a split of a DatasetDict, or use "
-            "`Dataset.from_list` or `Dataset.from_pandas`."
+            f"`{name}` must be a Dataset or an IterableDataset, got a {type(dataset).__name__}. Choose a split of a "
+            "DatasetDict, or use `Dataset.from_list` or `Dataset.from_pandas`."
         )
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"`{name}` is empty.")
@@ -114,8 +114,8 @@ def check_text_list(texts: Sequence[Any], place: Callable[[int], str], column: s
             )
         if fault is not None:
             raise ValueError(
-                f"{place(row)} has {shorten(text)} in the column {column!r}, which is {fault}. Give a text in every row, or in "
-                "every row a list of messages, dictionaries with 'role' and 'content'."
+                f"{place(row)} has {shorten(text)} in the column {column!r}, which is {fault}. Give a text in every row, or "
+                "in every row a list of messages, dictionaries with 'role' and 'content'."
             )
 
 
@@ -157,8 +157,8 @@ def check_rollouts(rollouts: Any, num_objectives: int | None, needs_rewards: boo
         return
     if not isinstance(rollouts, Dataset):
         raise ValueError(
-            f"`rollouts` must be a Dataset or the folder of a store, got a {type(rollouts).__name__}. Choose a split of a DatasetDict, or "
-            "use `Dataset.from_list` or `Dataset.from_pandas`."
+            f"`rollouts` must be a Dataset or the folder of a store, got a {type(rollouts).__name__}. Choose a split of a "
+            "DatasetDict, or use `Dataset.from_list` or `Dataset.from_pandas`."
         )
     if len(rollouts) == 0:
         raise ValueError("`rollouts` is empty.")
@@ -190,8 +190,8 @@ def _check_answers(rollouts: Dataset) -> None:
                 continue
             if len(text) != 1 or text[0]["role"] != "assistant" or not isinstance(text[0]["content"], str):
                 raise ValueError(
-                    f"Row {row} of `rollouts` has {shorten(text)} in the column 'completion', which must be a text or a single "
-                    "message of the assistant with a text. Move earlier messages to the prompt."
+                    f"Row {row} of `rollouts` has {shorten(text)} in the column 'completion', which must be a text or a "
+                    "single message of the assistant with a text. Move earlier messages to the prompt."
                 )
 
 
@@ -231,8 +231,8 @@ def check_numbers(
             if (lengths > context).any():
                 row = int(np.argmax(lengths > context))
                 raise ValueError(
-                    f"Row {start + row} of the rollouts has {lengths[row]} tokens in its prompt and completion, which do not fit "
-                    f"into the context of {context} tokens. Leave such rows out."
+                    f"Row {start + row} of the rollouts has {lengths[row]} tokens in its prompt and completion, which do not "
+                    f"fit into the context of {context} tokens. Leave such rows out."
                 )
         start += len(batch)
 
@@ -257,11 +257,8 @@ class _Column:
         rows, values = self._values()
         if size is not None or self.name in IDS:
             self._check_lengths(size)
-        if len(values) == 0 or pa.types.is_null(values.type):
-            bad = np.ones(len(values), bool)
-        elif not _is_number(values.type, whole=self.name in IDS):
-            bad = np.ones(len(values), bool)
-        else:
+        bad = np.ones(len(values), bool)
+        if _is_number(values.type, whole=self.name in IDS):
             # what is null inside of a list is NaN, which nothing may be
             numbers = pc.cast(values, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
             bad = ~self.is_good(numbers)
@@ -317,8 +314,8 @@ def _check_keys(batch: pa.Table, start: int) -> None:
     keys = batch["prompt_key"]
     if not (pa.types.is_string(keys.type) or pa.types.is_large_string(keys.type) or pa.types.is_null(keys.type)):
         raise ValueError(
-            f"Row {start} of the rollouts has {shorten(keys[0].as_py())} in the column 'prompt_key', which must hold texts. Remove "
-            "the column to have equal prompts count as one."
+            f"Row {start} of the rollouts has {shorten(keys[0].as_py())} in the column 'prompt_key', which must hold texts. "
+            "Remove the column to have equal prompts count as one."
         )
 
 
@@ -333,6 +330,6 @@ def _check_drawn(batch: pa.Table, start: int) -> None:
     if drawn.any():
         row = int(np.argmax(drawn))
         raise ValueError(
-            f"Row {start + row} of the rollouts has the `proposal` {batch['proposal'][row].as_py()}, weights of a mixture, but no "
-            "`proposal_logps`. Add its log-probability under that mixture, or leave out `proposal` if the reference drew it."
+            f"Row {start + row} of the rollouts has the `proposal` {batch['proposal'][row].as_py()}, weights of a mixture, "
+            "but no `proposal_logps`. Add its log-probability under it, or leave out `proposal` if the reference drew it."
         )
