@@ -1,9 +1,9 @@
 """A folder of sampled completions with all their numbers, in parquet shards that are each written completely or not at all."""
 
+import hashlib
 import itertools
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -15,15 +15,18 @@ import torch
 from datasets import Dataset
 from transformers.utils import logging
 
+from .shard_files import digest_of, in_order, open_shard, read_json, write_whole
+
 
 logger = logging.get_logger(__name__)
 
 INFO = "rollouts.json"
+# The shards of finished batches, with a digest of each.
+INDEX = "shards.json"
 # Rows in a row group, which is the least that can be read.
 ROW_GROUP = 1024
 # An id holds a step, the number of a part of the step, and the number of a row of the part.
 STEP_BITS, PART_BITS, MAX_PART = 40, 24, 0xFFFF
-SHARD = re.compile(r"(?P<kind>rollouts|densities)-(?P<step>\d{8})-(?P<part>\d{4,})\.parquet")
 # Columns of rollouts: a dataset of prompts cannot have columns of these names.
 COLUMNS = (
     "completion",
@@ -71,6 +74,9 @@ class RolloutStore:
     When a prompt is visited again with another proposal, `densities-{step}-{part}.parquet` adds the log-probabilities of
     its earlier completions under it: columns `id`, `proposal`, `logps`.
 
+    `shards.json` lists the shards of all finished batches with a digest of each. What it lists is read and nothing else, so a
+    shard that is missing or damaged, or comes from another run, is named. Stores of earlier versions have no such list.
+
     The folder is a dataset: `load_dataset("parquet", data_files="_rollouts/rollouts-*.parquet")` loads it.
 
     Args:
@@ -80,13 +86,18 @@ class RolloutStore:
 
     Raises:
         `ValueError`: when the folder holds completions of other policies or rewards.
+        `OSError`: when `rollouts.json` or `shards.json` is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike, info: dict[str, Any]):
         self.folder = Path(folder)
         self.info = json.loads(json.dumps(info))
         if (self.folder / INFO).is_file():
-            self._check_info(json.loads((self.folder / INFO).read_text()))
+            self._check_info(read_json(self.folder / INFO))
+        self.index: dict[str, str] | None = self._read_index()
+
+    def _read_index(self) -> dict[str, str] | None:
+        return read_json(self.folder / INDEX) if (self.folder / INDEX).is_file() else None
 
     def _check_info(self, found: dict[str, Any]) -> None:
         different = sorted(key for key in self.info.keys() | found.keys() if self.info.get(key) != found.get(key))
@@ -117,43 +128,98 @@ class RolloutStore:
                 )
 
     def shards(self, kind: str = "rollouts", last_step: int | None = None) -> list[Path]:
-        """The shards of a kind, of all steps or of those up to `last_step`, in the order of steps and processes."""
-        if not self.folder.is_dir():
-            return []
-        found = [m for name in os.listdir(self.folder) if (m := SHARD.fullmatch(name)) and m["kind"] == kind]
-        places = sorted((int(m["step"]), int(m["part"]), m.string) for m in found)
-        return [self.folder / name for step, _, name in places if last_step is None or step <= last_step]
+        """
+        The shards of a kind that lie in the folder, of all steps or of those up to `last_step`, in the order of steps and
+        processes.
+        """
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
+        return [self.folder / name for name in in_order(names, kind, last_step)]
+
+    def finished(self, kind: str = "rollouts", last_step: int | None = None) -> list[Path]:
+        """The shards of finished batches, as [`~RolloutStore.shards`]; some of them may be missing from the folder."""
+        if self.index is None:
+            return self.shards(kind, last_step)
+        return [self.folder / name for name in in_order(self.index, kind, last_step)]
+
+    def record(self, digests: dict[str, str]) -> None:
+        """Adds the shards of a finished batch, of all processes, to the list on disk. For one process to call."""
+        self.index = {**(self.index or {}), **digests}
+        self._write_index()
+
+    def _write_index(self) -> None:
+        text = json.dumps(self.index, indent=0) + "\n"
+        write_whole(self.folder / INDEX, lambda path: path.write_text(text))
+
+    def digest(self, last_step: int | None = None) -> str:
+        """A digest of all finished shards, or of those up to a step."""
+        paths = [*self.finished(last_step=last_step), *self.finished("densities", last_step)]
+        listed = [(path.name, (self.index or {}).get(path.name)) for path in paths]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+    def check(self, last_step: int | None = None) -> None:
+        """
+        Checks that the finished shards, or those up to a step, are there and are those that were written.
+
+        Raises:
+            `OSError`: for the first that is not, with its name.
+        """
+        for path in [*self.finished(last_step=last_step), *self.finished("densities", last_step)]:
+            self._check_shard(path)
+
+    def _check_shard(self, path: Path) -> None:
+        expected = (self.index or {}).get(path.name)
+        if expected is None:
+            return
+        if not path.is_file():
+            raise OSError(f"The shard {path.name!r} is missing from {str(self.folder)!r}, which lists it in {INDEX}.")
+        if digest_of(path) != expected:
+            raise OSError(
+                f"The shard {str(path)!r} is damaged, or comes from another run: its content is not what was written."
+            )
 
     def path(self, kind: str, step: int, part: int) -> Path:
         """The path of a shard."""
         return self.folder / f"{kind}-{step:08d}-{part:04d}.parquet"
 
-    def write(self, kind: str, step: int, part: int, columns: dict[str, Sequence]) -> None:
+    def write(self, kind: str, step: int, part: int, columns: dict[str, Sequence]) -> dict[str, str]:
         """
-        Writes one shard.
+        Writes one shard. It counts once it is on the list; see [`~RolloutStore.record`].
 
         Args:
             kind (`str`): `"rollouts"` or `"densities"`.
             step (`int`): the step that it belongs to.
             part (`int`): the number of the process, or of the batch of a process, that writes it.
             columns (`dict[str, Sequence]`): its columns.
+
+        Returns:
+            `dict[str, str]`: its name, and a digest of it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if part == 0 and not (self.folder / INFO).is_file():
             write_whole(self.folder / INFO, lambda path: path.write_text(json.dumps(self.info, indent=2) + "\n"))
         typed = {name: pa.array(columns[name], of_type) for name, of_type in _TYPES.items() if name in columns}
         table = _Rows.from_dict({**columns, **typed}).data.table
-        write_whole(
-            self.path(kind, step, part),
-            lambda path: pyarrow.parquet.write_table(table, path, row_group_size=ROW_GROUP),
-        )
+        path = self.path(kind, step, part)
+        write_whole(path, lambda partial: pyarrow.parquet.write_table(table, partial, row_group_size=ROW_GROUP))
+        return {path.name: digest_of(path)}
 
     def discard_after(self, step: int) -> None:
-        """Removes the shards of later steps. A run that resumes from this step draws their completions again."""
-        kept = {*self.shards("densities", step), *self.shards(last_step=step)}
-        for path in [*self.shards("densities"), *self.shards()]:
+        """
+        Removes the shards of later steps, and what a killed process has left of files. A run that resumes from this step draws
+        their completions again.
+        """
+        kept = {*self.finished("densities", step), *self.finished(last_step=step)}
+        if kept or self.index is not None:  # the list first: what it lists must be there
+            self.index = {path.name: (self.index or {}).get(path.name) or digest_of(path) for path in sorted(kept)}
+            self._write_index()
+        partial = self.folder.glob(".*.tmp") if self.folder.is_dir() else []
+        for path in [*partial, *self.shards("densities"), *self.shards()]:
             if path not in kept:
                 path.unlink()
+
+    def read_index(self) -> None:
+        """Reads the list again, after another process has changed it."""
+        self.index = self._read_index()
 
     def tables(
         self, columns: Sequence[str], kind: str = "rollouts", last_step: int | None = None
@@ -166,8 +232,9 @@ class RolloutStore:
             kind (`str`, *optional*, defaults to `"rollouts"`): which shards.
             last_step (`int`, *optional*): the last step whose shards are read.
         """
-        for path in self.shards(kind, last_step):
-            with pyarrow.parquet.ParquetFile(path) as shard:
+        for path in self.finished(kind, last_step):
+            self._check_shard(path)
+            with open_shard(path) as shard:
                 # stores of version 0.1 have no normalizers
                 yield shard.read(columns=[n for n in columns if n in shard.schema_arrow.names], use_threads=False)
 
@@ -197,7 +264,7 @@ class RolloutStore:
         for first, members in itertools.groupby(sorted(ids), lambda i: i >> PART_BITS << PART_BITS):
             rows = [i - first for i in members]
             path = self.path("rollouts", first >> STEP_BITS, first >> PART_BITS & MAX_PART)
-            with pyarrow.parquet.ParquetFile(path) as shard:
+            with open_shard(path) as shard:
                 ends = _row_group_ends(shard)
                 groups = np.unique(np.searchsorted(ends, rows, side="right")).tolist()
                 table = shard.read_row_groups(groups, columns=["id", *columns], use_threads=False)
@@ -221,18 +288,6 @@ def _row_group_ends(shard: pyarrow.parquet.ParquetFile) -> np.ndarray:
     return np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
 
 
-def write_whole(path: Path, write: Any) -> None:
-    """Writes a file under another name and moves it into place, so that no one finds a part of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _place(component: dict[str, Any]) -> dict[str, Any]:
     """The place that a component was loaded from."""
     fields = ("name_or_path", "revision", "subfolder", "gguf_file", "adapter", "adapter_revision", "adapter_subfolder")
@@ -254,8 +309,9 @@ class StoredCompletions(torch.utils.data.Dataset):
         self._objectives = [known.index(name) if name in known else None for name in objectives]
         self._groups: list[tuple[Path, int]] = []
         sizes = []
-        for path in store.shards():
-            with pyarrow.parquet.ParquetFile(path) as shard:
+        store.check()
+        for path in store.finished():
+            with open_shard(path) as shard:
                 names = shard.schema_arrow.names
                 sizes.append(np.diff(_row_group_ends(shard), prepend=0))
                 self._groups += [(path, i) for i in range(len(sizes[-1]))]
@@ -280,7 +336,7 @@ class StoredCompletions(torch.utils.data.Dataset):
     def _read(self, group: int) -> Dataset:
         if self._last is None or self._last[0] != group:
             path, index = self._groups[group]
-            with pyarrow.parquet.ParquetFile(path) as shard:
+            with open_shard(path) as shard:
                 table = shard.read_row_group(index, columns=self.column_names, use_threads=False)
             self._last = (group, _Rows(table))
         return self._last[1]
@@ -343,8 +399,8 @@ def given_rollouts(
     folder = Path(rollouts)
     if not (folder / INFO).is_file():
         raise ValueError(f"The folder {str(folder)!r} holds no rollouts: there is no {INFO} in it.")
-    store = RolloutStore(folder, json.loads((folder / INFO).read_text()))
-    if not store.shards():
+    store = RolloutStore(folder, read_json(folder / INFO))
+    if not store.finished():
         raise ValueError(f"The folder {str(folder)!r} holds no completions yet.")
     stored = StoredCompletions(store, objectives)
     check_columns(stored.column_names)

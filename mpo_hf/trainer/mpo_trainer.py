@@ -25,6 +25,7 @@ from ..mixture.tokenizer_loading import load_mixture_tokenizer
 from ..rewards import RewardModelSpec, make_reward_functions, normalize_rewards
 from ..rollouts import Completions, eos_token_ids
 from ..rollouts.store import GivenRows, RolloutStore, given_rollouts
+from .checkpoints import FIT_STATE, CheckpointResuming
 from .checks import check_arguments, check_mixture, drawn_temperature, set_decoding, use_dtype_of_policies
 from .decoded_estimator import DecodedEstimator
 from .fit_logging import FitLogging
@@ -41,7 +42,7 @@ from .saving import MixtureSaving
 RewardFunc = Callable | str | PreTrainedModel | RewardModelSpec
 
 
-class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
+class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, CheckpointResuming, Trainer):
     r"""
     Fits the weights of a mixture of policies to maximize the reward of the worst-off objective, or another welfare function of
     the objectives: [Mixing Preference Optimization](https://huggingface.co/papers/2502.18699).
@@ -448,7 +449,7 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, Trainer):
 
     def _saved_state(self) -> dict[str, Any]:
         """The state of the fit in the checkpoint that is resumed."""
-        return self.state.stateful_callbacks.get(_FitState.__name__, {}).get("attributes", {})
+        return self.state.stateful_callbacks.get(FIT_STATE, {}).get("attributes", {})
 
     def prepare_reward_offsets(self) -> None:
         """Estimates the reward offsets, or reads them from the checkpoint that is resumed. Called when training begins."""
@@ -529,6 +530,7 @@ class _MirrorDescentCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.takes_best_step = False
+        self.trainer._fit_state().processes = args.world_size
         self.trainer.prepare_reward_offsets()
         if self.trainer.rollout_fit is not None:
             self.trainer.begin_rollouts()
@@ -565,7 +567,11 @@ class _FitState(TrainerCallback, ExportableState):
     def __init__(self):
         self.offsets: list[float] | None = None
         self.rollouts: RolloutFit | None = None
+        self.processes: int | None = None
 
     def state(self) -> dict:
         rollouts = self.rollouts.state() if self.rollouts is not None else None
-        return {"args": {}, "attributes": {"offsets": self.offsets, "rollouts": rollouts}}
+        return {
+            "args": {},
+            "attributes": {"offsets": self.offsets, "rollouts": rollouts, "processes": self.processes},
+        }

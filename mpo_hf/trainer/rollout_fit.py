@@ -93,7 +93,7 @@ class RolloutFit:
     """
 
     def __init__(self, context: FitContext, store: RolloutStore, given: RolloutStore | None = None):
-        self.context, self.store, self._given = context, store, given
+        self.context, self.store, self.given = context, store, given
         self.columns = RolloutColumns()
         self.estimator: Estimator | None = None
         self._value: tuple[Estimator, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -141,14 +141,15 @@ class RolloutFit:
         if accelerator.is_main_process:
             self.store.discard_after(step)
         accelerator.wait_for_everyone()
+        self.store.read_index()
         self.columns = RolloutColumns()
         # up to this step only: a process that is ahead may have written the shards of the next step already
         for rows in self.store.tables(RolloutColumns.COLUMNS, last_step=step):
             self.columns.extend(rows)
         for rows in self.store.tables(RolloutColumns.DENSITIES, "densities", last_step=step):
             self.columns.extend_densities(rows)
-        if self._given is not None:
-            for rows in self._given.tables(RolloutColumns.DENSITIES, "densities"):
+        if self.given is not None:
+            for rows in self.given.tables(RolloutColumns.DENSITIES, "densities"):
                 self.columns.extend_densities(rows)
         if len(self.columns) and state is not None:
             self.proposal, self._fitted_rows = tuple(state["proposal"]), state["fitted_rows"]
@@ -164,6 +165,7 @@ class RolloutFit:
             "proposal": list(self.proposal),
             "fitted_rows": self._fitted_rows,
             "epoch_step": self._epoch_step,
+            "shards": self.store.digest(),
         }
 
     def begin_epoch(self, step: int, epochs: float) -> None:
@@ -253,8 +255,8 @@ class RolloutFit:
             rows = found | {
                 name: values for name, values in rows.items() if name != "normalizers" or name not in found
             }
-        self._write(step, part, examples, completions, rows, densities)
-        self._share(rows, densities)
+        digests = self._write(step, part, examples, completions, rows, densities)
+        self._share(rows, densities, digests)
 
     def _decoded_columns(
         self, completions: Completions, keys: Sequence[str], proposals: Sequence[Proposal]
@@ -431,7 +433,7 @@ class RolloutFit:
         completions: Completions,
         rows: dict[str, list],
         densities: dict[str, list],
-    ) -> None:
+    ) -> dict[str, str]:
         texts = {name: [example[name] for example in examples] for name in examples[0] if name not in COLUMNS}
         if "prompt_ids" not in rows:
             masked = zip(completions.prompt_ids, completions.prompt_mask.bool())
@@ -440,16 +442,18 @@ class RolloutFit:
             texts["completion_ids"] = completions.id_lists()
         if "completion" not in rows:
             texts["completion"] = completion_texts(completions, texts["prompt"], self.context.processing_class)
-        if densities["id"]:
-            self.store.write("densities", step, part, densities)
-        self.store.write("rollouts", step, part, {**texts, **rows})
+        digests = self.store.write("densities", step, part, densities) if densities["id"] else {}
+        return digests | self.store.write("rollouts", step, part, {**texts, **rows})
 
-    def _share(self, rows: dict[str, list], densities: dict[str, list]) -> None:
-        """Adds the rows of all processes to the columns of each, in the order of the shards."""
-        new = (pa.table({name: rows[name] for name in RolloutColumns.COLUMNS}), pa.table(densities))
-        for found, found_densities in gather_object([new]):
+    def _share(self, rows: dict[str, list], densities: dict[str, list], digests: dict[str, str]) -> None:
+        """Adds the rows of all processes to the columns of each, in the order of the shards, and lists these."""
+        new = (pa.table({name: rows[name] for name in RolloutColumns.COLUMNS}), pa.table(densities), digests)
+        batch = gather_object([new])
+        for found, found_densities, _ in batch:
             self.columns.extend(found)
             self.columns.extend_densities(found_densities)
+        if self.context.accelerator.is_main_process:
+            self.store.record(dict(pair for *_, of_process in batch for pair in of_process.items()))
 
     # ---- the estimate ----
 
