@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from transformers.utils import logging
 
+from .identity import contents_differ, first_difference, place, shown
 from .shard_files import digest_of, in_order, open_shard, read_json, write_whole
 
 
@@ -100,32 +101,40 @@ class RolloutStore:
         return read_json(self.folder / INDEX) if (self.folder / INDEX).is_file() else None
 
     def _check_info(self, found: dict[str, Any]) -> None:
-        different = sorted(key for key in self.info.keys() | found.keys() if self.info.get(key) != found.get(key))
-        if different:
-            key = different[0]
+        difference = first_difference(found, self.info)
+        if difference is not None:
             raise ValueError(
-                f"The folder {str(self.folder)!r} holds completions of another run: {key!r} was {found.get(key)!r} there "
-                f"and is {self.info.get(key)!r} here. Choose another `output_dir`, or remove that folder."
+                f"The folder {str(self.folder)!r} holds completions of another run: {difference}. Choose another `output_dir`, "
+                "or remove that folder."
             )
 
-    def warn_of_other_policies(self, info: dict[str, Any]) -> None:
+    def check_policies(self, info: dict[str, Any]) -> None:
         """
-        Warns if completions were scored under policies from other places than those of a fit. These may or may not be the same
-        policies.
+        Checks that completions were scored under the policies, the reference and with the tokenizer of a fit. Where the content
+        of either is not known, those from other places may or may not be the same, which is warned of.
 
         Args:
-            info (`dict`): the policies and the reference of the fit.
+            info (`dict`): the policies, the reference and the tokenizer of the fit.
+
+        Raises:
+            `ValueError`: for the first that is another.
         """
-        for name, now in [*zip(info["objectives"], info["policies"]), (None, info["reference"])]:
-            before = self.info.get("reference")
-            if name is not None:
-                before = dict(zip(self.info["objectives"], self.info.get("policies", []))).get(name)
-            if before is not None and now is not None and _place(before) != _place(now):
-                logger.warning(
-                    f"The completions in {str(self.folder)!r} were scored under {_place(before)}, and the "
-                    f"{f'policy of {name!r}' if name else 'reference'} is {_place(now)} now. If that is another model, give them as "
-                    "a dataset without the columns `policy_logps` and `reference_logps`, to have them scored anew."
-                )
+        policies = dict(zip(self.info["objectives"], self.info.get("policies", [])))
+        parts = {
+            f"policy of {name!r}": (policies.get(name), now) for name, now in zip(info["objectives"], info["policies"])
+        }
+        for name, (before, now) in {
+            **parts,
+            "reference": (self.info.get("reference"), info["reference"]),
+            "tokenizer": (self.info.get("tokenizer"), info["tokenizer"]),
+        }.items():
+            differ = contents_differ(before, now)
+            message = f"The completions in {str(self.folder)!r} were scored under {shown(before)}, and the {name} is {shown(now)} now."
+            advice = "give them as a dataset without the columns `policy_logps` and `reference_logps`, to have them scored anew."
+            if differ:
+                raise ValueError(f"{message} That is another one: {advice.capitalize()}")
+            if differ is None and before is not None and now is not None and place(before) != place(now):
+                logger.warning(f"{message} If that is another model, {advice}")
 
     def shards(self, kind: str = "rollouts", last_step: int | None = None) -> list[Path]:
         """
@@ -286,12 +295,6 @@ def _row_group_ends(shard: pyarrow.parquet.ParquetFile) -> np.ndarray:
     """The row after the last one of every row group."""
     metadata = shard.metadata
     return np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
-
-
-def _place(component: dict[str, Any]) -> dict[str, Any]:
-    """The place that a component was loaded from."""
-    fields = ("name_or_path", "revision", "subfolder", "gguf_file", "adapter", "adapter_revision", "adapter_subfolder")
-    return {name: component[name] for name in fields if component.get(name) is not None}
 
 
 class StoredCompletions(torch.utils.data.Dataset):

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.utils import logging
 
+from ..rollouts.identity import first_difference
 from ..rollouts.shard_files import read_json
 from .folder_lock import locked
 from .mpo_config import MPOConfig
@@ -101,6 +102,8 @@ class CheckpointResuming:
             reason = why_not_whole(chosen, self.args) or self._why_without_rows(chosen)
             if reason is not None:
                 raise OSError(f"The checkpoint {str(wanted)!r} cannot be resumed from: {reason}")
+        if chosen is not None:
+            self._check_same_fit(chosen)
         step = 0 if chosen is None else read_json(chosen / STATE)["global_step"]
         for folder, reason in damage.items():
             # the run would write into a later one, and a kill would leave a mixture of two checkpoints there
@@ -133,6 +136,20 @@ class CheckpointResuming:
         if store.digest(step) == rollouts["shards"]:
             return None
         return f"the completions that it rests on are not those in {str(store.folder)!r}."
+
+    def _check_same_fit(self, folder: Path) -> None:
+        state = fit_state(read_json(folder / STATE))
+        difference = first_difference(state.get("identity") or {}, self.identity())
+        if difference is not None:
+            raise ValueError(
+                f"The checkpoint {str(folder)!r} belongs to another fit: {difference}. Resume with what it had, choose another "
+                "`output_dir`, or fit to its completions with `rollouts=`."
+            )
+        if (before := state.get("processes")) not in (None, self.args.world_size):
+            logger.warning(
+                f"The checkpoint {str(folder)!r} was written by {before} processes, and is resumed by {self.args.world_size}: "
+                "the fit goes on with other prompts and random numbers than it would have had."
+            )
 
     def _check_restart(self, damage: dict[Path, str | None]) -> None:
         """Refuses to begin anew where more would be lost than what a run draws before its first checkpoint."""

@@ -28,6 +28,7 @@ from ..rollouts.store import GivenRows, RolloutStore, given_rollouts
 from .checkpoints import FIT_STATE, CheckpointResuming
 from .checks import check_arguments, check_mixture, drawn_temperature, set_decoding, use_dtype_of_policies
 from .decoded_estimator import DecodedEstimator
+from .fit_identity import checkpoint_identity, completions_identity
 from .fit_logging import FitLogging
 from .fit_problem import DecodedRows, FitProblem
 from .fit_summary import FitSummary
@@ -172,6 +173,16 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, CheckpointResumi
         for reward in self.reward_functions:
             reward.to(self.accelerator.device)
         self._config_is_shared = self.takes_best_step = False
+        self._info = completions_identity(
+            args,
+            model.config,
+            self.objective_names,
+            self.policy_models,
+            self.reference_policy,
+            self.processing_class,
+            self.reward_functions,
+            drawn_temperature(args, given_store),
+        )
         self.rollout_fit = self._make_rollout_fit(given_store) if args.estimator == "mis" else None
         show_short_lines(self)
         self.add_callback(_FitState)
@@ -186,18 +197,15 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, CheckpointResumi
         self.model._fits_weights_only = True
         self.model.add_model_tags(self._tag_names)
 
+    def identity(self) -> dict[str, Any]:
+        """What checkpoints belong to; see [`~mpo_hf.trainer.fit_identity.checkpoint_identity`]."""
+        given = self.rollout_fit.given if self.rollout_fit is not None else None
+        return checkpoint_identity(self.args, self._info, given if given is not None else self.train_dataset)
+
     def _make_rollout_fit(self, given_store: RolloutStore | None) -> RolloutFit:
-        config, reference = self.model.config, self.model.config.reference
-        temperature = drawn_temperature(self.args, given_store)
-        info = {  # what completions belong to
-            "objectives": self.objective_names,
-            "policies": [component.to_dict() for component in config.components],
-            "reference": reference.to_dict() if reference is not None else None,
-            "temperature": temperature,
-            "max_completion_length": self.args.max_completion_length,
-        }
+        temperature = self._info["temperature"]
         if given_store is not None:
-            given_store.warn_of_other_policies(info)
+            given_store.check_policies(self._info)
         context = FitContext(
             args=self.args,
             problem=self.problem,
@@ -213,7 +221,9 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, CheckpointResumi
             is_given=self._is_given,
         )
         # Trainer does not push folders that begin with an underscore: prompts and completions may be private
-        return RolloutFit(context, RolloutStore(os.path.join(self.args.output_dir, "_rollouts"), info), given_store)
+        return RolloutFit(
+            context, RolloutStore(os.path.join(self.args.output_dir, "_rollouts"), self._info), given_store
+        )
 
     @property
     def certificate(self) -> Certificate | None:
@@ -531,6 +541,7 @@ class _MirrorDescentCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.takes_best_step = False
         self.trainer._fit_state().processes = args.world_size
+        self.trainer._fit_state().identity = self.trainer.identity()
         self.trainer.prepare_reward_offsets()
         if self.trainer.rollout_fit is not None:
             self.trainer.begin_rollouts()
@@ -568,10 +579,16 @@ class _FitState(TrainerCallback, ExportableState):
         self.offsets: list[float] | None = None
         self.rollouts: RolloutFit | None = None
         self.processes: int | None = None
+        self.identity: dict[str, Any] = {}
 
     def state(self) -> dict:
         rollouts = self.rollouts.state() if self.rollouts is not None else None
         return {
             "args": {},
-            "attributes": {"offsets": self.offsets, "rollouts": rollouts, "processes": self.processes},
+            "attributes": {
+                "offsets": self.offsets,
+                "rollouts": rollouts,
+                "processes": self.processes,
+                "identity": self.identity,
+            },
         }

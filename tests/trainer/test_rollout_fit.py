@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -361,23 +362,36 @@ def test_a_second_fit_costs_no_generation(trainer, toy_folder, tmp_path, monkeyp
     assert alone.certificate.rewards.tolist() == pytest.approx([alone.rollout_fit.rewards.mean().item()], abs=0.5)
 
 
-def test_completions_scored_under_other_policies_are_warned_about(trainer, toy_folder, tmp_path, caplog):
+def test_completions_scored_under_other_policies_are_refused(trainer, toy_folder, tmp_path, caplog):
+    """Policies are known by their weights: those of a folder that has moved are the same."""
     trainer(max_steps=1).train()
     store = tmp_path / "run" / "_rollouts"
-    refit(toy_folder, store, tmp_path)
+
+    def refit_with(a, b, ref, tokenizer=None):
+        mixture = MixturePolicyModel.from_policies([a, b], reference=ref, labels=["a", "b"])
+        args = make_args(tmp_path / "others", estimator="mis")
+        return MPOTrainer(model=mixture, args=args, processing_class=tokenizer or toy_tokenizer(), rollouts=store)
+
+    a, b, ref = (toy_folder / name for name in ("a", "b", "ref"))
+    moved = shutil.copytree(b, tmp_path / "moved")
+    refit_with(a, moved, ref)
+    with pytest.raises(ValueError, match="the policy of 'b' is .*ref.* now. .* to have them scored anew"):
+        refit_with(a, ref, ref)
+    with pytest.raises(ValueError, match="the reference is .*'.*b'.* now"):
+        refit_with(a, b, b)
+    other = toy_tokenizer()
+    other.add_tokens(["g"])
+    with pytest.raises(ValueError, match="the tokenizer is"):
+        refit_with(a, b, ref, other)
     assert "were scored under" not in caplog.text
-    others = MixturePolicyModel.from_policies(
-        [toy_folder / "a", toy_folder / "ref"], reference=toy_folder / "b", labels=["a", "b"]
-    )
-    MPOTrainer(
-        model=others,
-        args=make_args(tmp_path / "others", estimator="mis"),
-        processing_class=toy_tokenizer(),
-        rollouts=store,
-    )
-    messages = [r.getMessage() for r in caplog.records if "were scored under" in r.getMessage()]
-    assert len(messages) == 2 and "policy of 'b'" in messages[0] and "the reference is" in messages[1]
-    assert str(toy_folder / "ref") in messages[0] and "to have them scored anew" in messages[0]
+    # an older store has places alone
+    info = json.loads((store / "rollouts.json").read_text())
+    for part in (*info["policies"], info["reference"]):
+        del part["content"]
+    (store / "rollouts.json").write_text(json.dumps(info))
+    refit_with(a, moved, ref)
+    (message,) = [r.getMessage() for r in caplog.records if "were scored under" in r.getMessage()]
+    assert "policy of 'b'" in message and "If that is another model, give them as a dataset" in message
 
 
 def test_a_table_from_elsewhere_is_completed(trainer, toy_folder, tmp_path):
