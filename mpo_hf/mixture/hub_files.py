@@ -178,4 +178,5 @@ def read_license(
     # lists are accepted by the Hub in the cards of datasets only
     if not isinstance(license, str) or license == "unknown":
         return None
-    return License(license, metadata.get("license_name"), metadata.get("license_link"))
+    details = (metadata.get(name) for name in ("license_name", "license_link"))
+    return License(license, *(detail if isinstance(detail, str) else None for detail in details))

@@ -160,7 +160,7 @@ def _described(value: Any, within: tuple[int, ...]) -> Any:
 def _used(function: FunctionType) -> Iterator[tuple[str, Any]]:
     """Values that a function takes from around it: those of its module, and those that it was defined among."""
     changed = _stored(function.__code__, ("STORE_DEREF", "STORE_GLOBAL"))
-    for name in function.__code__.co_names:
+    for name in sorted({name for code in _nested(function.__code__) for name in code.co_names}):
         value = function.__globals__.get(name)
         same_module = getattr(value, "__module__", None) == function.__module__
         if name not in changed and (isinstance(value, ATOMS + (tuple, frozenset)) or same_module):
@@ -186,4 +186,12 @@ def _made_of(instance: Any) -> list:
 
 def _stored(code: CodeType, operations: Sequence[str]) -> set[str]:
     """Names that some code stores values under."""
-    return {step.argval for step in dis.get_instructions(code) if step.opname in operations}
+    return {step.argval for part in _nested(code) for step in dis.get_instructions(part) if step.opname in operations}
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    """Some code, with that of the functions and comprehensions in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)

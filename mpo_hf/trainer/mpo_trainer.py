@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
 
 from ..estimation import Certificate
 from ..estimation.comparison import Comparison
@@ -37,7 +38,7 @@ from .mpo_config import MPOConfig
 from .progress import show_short_lines
 from .rollout_fit import COMPARE_EVERY, MIN_PROMPTS, FitContext, RolloutFit
 from .sampling import CompletionSampling, columns_of
-from .saving import MixtureSaving
+from .saving import MixtureSaving, unless_it_fails
 
 
 RewardFunc = Callable | str | PreTrainedModel | RewardModelSpec
@@ -552,8 +553,9 @@ class _MirrorDescentCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero and state.global_step:
-            self.trainer.check_expansion()
-            print("\n".join(["", *self.trainer.summary().lines(), ""]), flush=True)
+            unless_it_fails("The completions are not checked", self.trainer.check_expansion)
+            lines = unless_it_fails("There is no summary", lambda: self.trainer.summary().lines())
+            print("\n".join(["", *(lines or []), ""]), flush=True)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         weights = self.trainer.weights
@@ -570,6 +572,7 @@ class _MirrorDescentCallback(TrainerCallback):
             trainer._record_certificate()
             if trainer.has_converged():
                 control.should_training_stop = True
+                control.should_save |= args.save_strategy == SaveStrategy.STEPS  # as at the last step of all
 
 
 class _FitState(TrainerCallback, ExportableState):

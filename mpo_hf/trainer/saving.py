@@ -2,13 +2,15 @@
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, ModelCard
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from ..mixture.configuration_mixture import MixturePolicyConfig
 from ..mixture.hub import carries_code, check_pushable, code_alongside, shared_config
@@ -16,6 +18,25 @@ from ..mixture.model_card import add_tags, create_model_card
 from ..mixture.modeling_mixture import MixturePolicyModel
 from .fit_card import compared_rewards, measured_rewards, save_plot
 from .mpo_config import MPOConfig
+
+
+logger = logging.get_logger(__name__)
+Result = TypeVar("Result")
+
+
+def unless_it_fails(consequence: str, make: Callable[[], Result]) -> Result | None:
+    """
+    What a function makes that a fit can do without; `None`, and a warning with the reason, if it fails.
+
+    Args:
+        consequence (`str`): what it means that there is none.
+        make (`Callable`): the function.
+    """
+    try:
+        return make()
+    except Exception as error:
+        logger.warning(f"{consequence}: {type(error).__name__}: {error}")
+        return None
 
 
 class MixtureSaving:
@@ -26,7 +47,7 @@ class MixtureSaving:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Saves the mixture: its config, the tokenizer and a model card. The config refers to the policies. Only a mixture of
+        Saves the mixture: its config, the tokenizer and, last, a model card. The config refers to the policies. Only a mixture of
         models that were given in memory is saved with their weights, and its checkpoints are saved without.
 
         Args:
@@ -34,18 +55,23 @@ class MixtureSaving:
         """
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         if self.args.should_save and not _internal_call:
-            os.makedirs(output_dir, exist_ok=True)
-            self.create_model_card(output_dir=output_dir)
+            # the result, before anything that may fail: the Hub, the tokenizer, the cards of others
+            self.model.config.save_pretrained(output_dir)
         super().save_model(output_dir, _internal_call)
+        if self.args.should_save and not _internal_call:
+            self.create_model_card(output_dir=output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # checkpoints of a mixture whose models were given in memory have its config only, as no weights in them change
         whole = all(component.name_or_path is None for component in self.model.config.components)
         if not whole or output_dir in (None, self.args.output_dir) or not self._is_checkpoint(output_dir):
-            with (
-                self._shared_config(output_dir or self.args.output_dir, wanted=self.args.push_to_hub),
-                code_alongside(self.model, self.args.hub_with_code or None),
-            ):
+            with ExitStack() as saved_as:
+                shared = self._shared_config(output_dir or self.args.output_dir, wanted=self.args.push_to_hub)
+                unless_it_fails(
+                    "The config is saved as it is, which others may not be able to open",
+                    lambda: saved_as.enter_context(shared),
+                )
+                saved_as.enter_context(code_alongside(self.model, self.args.hub_with_code or None))
                 return super()._save(output_dir, state_dict)
         self.model.config.save_pretrained(output_dir)
         self.processing_class.save_pretrained(output_dir)
@@ -64,7 +90,7 @@ class MixtureSaving:
     ) -> None:
         """
         Writes the model card, `README.md`, with components, weights and mean rewards of completions. With matplotlib, a plot of
-        the fit is saved beside it.
+        the fit is saved beside it. Whatever keeps either from being written is a warning: the mixture does without.
 
         Args:
             language (`str` or `list[str]`, *optional*): language of the mixture, for the metadata of the card.
@@ -76,6 +102,19 @@ class MixtureSaving:
         if not self.is_world_process_zero():
             return
         output_dir = output_dir if output_dir is not None else self.args.output_dir
+        metadata = {"language": language, "license": license, "datasets": dataset_tags}
+
+        def write() -> None:
+            card = self._make_card(output_dir)
+            add_tags(card, [*(self.model.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])])
+            for key, value in metadata.items():
+                if value is not None:
+                    card.data[key] = value
+            card.save(os.path.join(output_dir, "README.md"))
+
+        unless_it_fails(f"There is no new model card in {output_dir!r}", write)
+
+    def _make_card(self, output_dir: str) -> ModelCard:
         summary = self.summary()
         rewards, note = compared_rewards(summary) or measured_rewards(
             self.state.log_history, self.origin, self.certificate, self.objective_names, self._is_given
@@ -87,20 +126,18 @@ class MixtureSaving:
                 f"\nThe weights are those of step {self.state.best_global_step}, the best one by "
                 f"`{self.args.metric_for_best_model}`."
             )
-        card = create_model_card(
+        plot = unless_it_fails(
+            f"There is no new plot in {output_dir!r}", lambda: save_plot(self.state.log_history, output_dir)
+        )
+        return create_model_card(
             self.model.config,
             self.hub_model_id or os.path.basename(os.path.abspath(output_dir)),
             rewards=rewards,
-            plot=save_plot(self.state.log_history, output_dir),
+            plot=plot,
             note=note,
             with_code=self.args.hub_with_code or carries_code(self.model),
             token=self.args.hub_token,
         )
-        add_tags(card, [*(self.model.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])])
-        for key, value in {"language": language, "license": license, "datasets": dataset_tags}.items():
-            if value is not None:
-                card.data[key] = value
-        card.save(os.path.join(output_dir, "README.md"))
 
     def push_to_hub(
         self,
@@ -146,6 +183,9 @@ class MixtureSaving:
             return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        unless_it_fails("The checkpoint is not on the Hub", lambda: self._push_checkpoint(checkpoint_folder))
+
+    def _push_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero():
             # Trainer copies only files of known names to the folder that is pushed, and neither folders nor code
             adapters = os.path.join(checkpoint_folder, "adapters")
