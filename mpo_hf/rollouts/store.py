@@ -162,7 +162,7 @@ class RolloutStore:
     def digest(self, last_step: int | None = None) -> str:
         """A digest of all finished shards, or of those up to a step."""
         paths = [*self.finished(last_step=last_step), *self.finished("densities", last_step)]
-        listed = [(path.name, (self.index or {}).get(path.name)) for path in paths]
+        listed = [(path.name, (self.index or {}).get(path.name) or digest_of(path)) for path in paths]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def check(self, last_step: int | None = None) -> None:

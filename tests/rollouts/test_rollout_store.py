@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 
 import numpy as np
@@ -12,7 +13,8 @@ from helpers import ROOT
 
 from mpo_hf.estimation import balance_heuristic
 from mpo_hf.rollouts.columns import RolloutColumns
-from mpo_hf.rollouts.store import RolloutStore, StoredCompletions, first_id
+from mpo_hf.rollouts.shard_files import digest_of
+from mpo_hf.rollouts.store import RolloutStore, StoredCompletions, first_id, given_rollouts
 
 
 sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
@@ -235,6 +237,69 @@ def test_completions_are_found_by_their_ids_in_their_shards_alone(store):
     ids = [first_id(2, 1) + 6, first_id(1, 0) + 2, first_id(2, 1), first_id(1, 0) + 2]
     found = store.find(ids, ("completion_ids", "step"))
     assert found == {"completion_ids": [[2, 1, 6], [1, 0, 2], [2, 1, 0], [1, 0, 2]], "step": [2, 1, 2, 1]}
+
+
+def listed(store):
+    """The same store, with its shards on the list."""
+    store.record({path.name: digest_of(path) for path in store.shards()})
+    return RolloutStore(store.folder, store.info)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGE = {
+    "missing": (lambda path, other: path.unlink(), "rollouts-00000001-0001.parquet' is missing from"),
+    "cut": (lambda path, other: cut(path), "rollouts-00000001-0001.parquet' is damaged, or comes from another run"),
+    "another": (
+        lambda path, other: shutil.copy(other, path),
+        "rollouts-00000001-0001.parquet' is damaged, or comes from",
+    ),
+    "info": (lambda path, other: cut(path.parent / "rollouts.json"), "rollouts.json' is damaged"),
+    "list": (lambda path, other: cut(path.parent / "shards.json"), "shards.json' is damaged"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_missing_or_damaged_is_named(store, damage):
+    harm, message = DAMAGE[damage]
+    (store.folder / "rollouts.json").write_text(json.dumps({"objectives": ["a", "b"], "text": "x" * 200}))
+    store = listed(store)
+    paths = store.shards()
+    harm(paths[1], paths[3])
+    with pytest.raises(OSError, match=message):
+        given_rollouts(store.folder, ["a", "b"])
+    if damage in ("missing", "cut", "another"):
+        with pytest.raises(OSError, match=message):
+            store.read(("id",))
+        store.check(last_step=0)  # what is asked for is whole
+
+
+def test_a_shard_that_cannot_be_read_is_named_without_a_list_too(store):
+    cut(store.shards()[2])
+    with pytest.raises(OSError, match="rollouts-00000002-0000.parquet' cannot be read"):
+        StoredCompletions(store, ["a"])
+    with pytest.raises(OSError, match="rollouts-00000002-0000.parquet' cannot be read"):
+        store.find([first_id(2, 0)], ("step",))
+    store.shards()[2].unlink()
+    with pytest.raises(OSError, match="rollouts-00000002-0000.parquet' is missing"):
+        store.find([first_id(2, 0)], ("step",))
+
+
+def test_only_shards_of_finished_batches_count(store):
+    """Of a batch whose processes have not all written theirs, none does."""
+    store.record({path.name: digest_of(path) for path in store.shards(last_step=1)})
+    store = RolloutStore(store.folder, store.info)
+    assert len(store.shards()) == 4 and len(store.finished()) == 2
+    assert set(store.read(("step",))["step"]) == {1} and len(StoredCompletions(store, ["a"])) == 14
+    before = store.digest(1)
+    (store.folder / ".rollouts-00000002-0000.parquet.7.tmp").touch()
+    store.discard_after(1)
+    assert [path.name for path in store.folder.iterdir() if path.name.startswith(".")] == []
+    assert len(store.shards()) == 2 and store.digest() == before
+    (store.folder / "shards.json").unlink()
+    assert RolloutStore(store.folder, store.info).digest() == before  # of the files themselves
 
 
 def test_shards_are_in_the_order_of_steps_and_parts(tmp_path):
