@@ -72,7 +72,7 @@ from mpo_hf.rollouts import (  # noqa: E402
     tokenize_prompts,
 )
 from mpo_hf.rollouts.columns import GROWTH  # noqa: E402
-from mpo_hf.trainer.rollout_fit import DEFENSIVE_SHARE  # noqa: E402
+from mpo_hf.trainer.row_scoring import DEFENSIVE_SHARE  # noqa: E402
 
 
 DEFAULTS = MPOConfig("unused", use_cpu=True)

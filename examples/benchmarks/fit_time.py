@@ -32,7 +32,8 @@ from transformers.utils import logging
 
 from mpo_hf import MixturePolicyModel, MPOConfig, MPOTrainer
 from mpo_hf.rollouts import pad_ids, tokenize_prompts
-from mpo_hf.trainer.rollout_fit import in_share, prompt_key
+from mpo_hf.trainer.rollout_fit import prompt_key
+from mpo_hf.trainer.row_scoring import in_share
 
 
 HERE = Path(__file__).resolve().parent

@@ -5,81 +5,34 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..estimation import Certificate, InfeasibleError
-from ..estimation.decoded import num_terms
-from ..mixture.modeling_mixture import MixturePolicyModel
 from ..rollouts import Completions, completion_texts, pad_completions
 from ..rollouts.columns import GROWTH, Proposal, RolloutColumns
 from ..rollouts.store import COLUMNS, STEP_BITS, RolloutStore, first_id
 from .decoded_estimator import DecodedEstimator
 from .estimators import Estimator
-from .fit_problem import DecodedRows, FitProblem
-from .mpo_config import MPOConfig
+from .fit_problem import DecodedRows
+from .row_scoring import FitContext, RowScoring, content_of
 
 
 logger = logging.get_logger(__name__)
 
 # Minimum number of prompts for the bootstrap bound of the duality gap, and for warnings about their rewards.
 MIN_PROMPTS = 10
-# Weight of the uniform mixture in a new proposal, so that no policy is left out of the sampling.
-DEFENSIVE_SHARE = 0.1
 # For fits to what is decoded: one in so many completions is drawn from a single policy, from each in turn, to compare the
 # mixture with, and in one of so many steps, as large a share on top of it from the reference.
 COMPARE_EVERY, REFERENCE_EVERY = 8, 2
 # How many completions are scored at the end of a fit, to check the log-probabilities that it has used: one in so many, within
 # these limits.
 CHECK_EVERY, LEAST_CHECKED, MOST_CHECKED = 16, 4, 32
-
-
-@dataclass(frozen=True)
-class FitContext:
-    """
-    What [`RolloutFit`] needs to score completions and to make estimates.
-
-    Args:
-        args ([`MPOConfig`]): the options.
-        problem ([`FitProblem`]): the optimization problem of the fit.
-        model ([`MixturePolicyModel`]): the mixture. Its weights are the first proposal.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): the tokenizer.
-        accelerator ([`~accelerate.Accelerator`]): the processes of the fit.
-        policy_logps (`Callable`):
-            Log-probabilities of N completions under all policies, shape `(N, K)`, and under the reference where that is the
-            last component of the mixture.
-        mixture_logps (`Callable`):
-            The same for policies, and the log-probabilities under S mixtures, of shape `(N, S)`.
-        normalizers (`Callable`):
-            The same for policies, and the normalizers around given weights, of shape `(N, E)`.
-        reference_logps (`Callable`, *optional*):
-            Log-probabilities of N completions under the reference policy, shape `(N,)`; `None` without a reference.
-        reference_proposal_logps (`Callable`, *optional*):
-            The same for completions that are drawn from the reference policy at the temperature of the fit.
-        temperature (`float`): the temperature that completions are drawn at, or that given ones were drawn at.
-        is_given (`bool`): whether the fit is to given completions, and draws none.
-    """
-
-    args: MPOConfig
-    problem: FitProblem
-    model: MixturePolicyModel
-    processing_class: PreTrainedTokenizerBase
-    accelerator: Accelerator
-    policy_logps: Callable[[Completions], torch.Tensor]
-    mixture_logps: Callable[[Completions, Sequence[Proposal]], tuple[torch.Tensor, torch.Tensor]]
-    normalizers: Callable[[Completions, Proposal], tuple[torch.Tensor, torch.Tensor]]
-    reference_logps: Callable[[Completions], torch.Tensor] | None
-    reference_proposal_logps: Callable[[Completions], torch.Tensor] | None
-    temperature: float
-    is_given: bool
 
 
 class RolloutFit:
@@ -94,6 +47,7 @@ class RolloutFit:
 
     def __init__(self, context: FitContext, store: RolloutStore, given: RolloutStore | None = None):
         self.context, self.store, self.given = context, store, given
+        self.scoring = RowScoring(context)
         self.columns = RolloutColumns()
         self.estimator: Estimator | None = None
         self._value: tuple[Estimator, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -112,14 +66,8 @@ class RolloutFit:
             return ()
         weights, problem = self.context.model.config.mixture_weights, self.context.problem
         if problem.is_decoded and 0 in weights:
-            return self._defensive(problem.objective_weights(weights))
+            return self.scoring.defensive(problem.objective_weights(weights))
         return tuple(weights)
-
-    def _defensive(self, weights: torch.Tensor) -> Proposal:
-        """A mixture near given weights of the objectives that every component takes part in."""
-        problem = self.context.problem
-        uniform = torch.full_like(weights, 1 / problem.num_components)
-        return tuple(problem.mixture_weights((1 - DEFENSIVE_SHARE) * weights + DEFENSIVE_SHARE * uniform).tolist())
 
     # ---- starting, and resuming from a checkpoint ----
 
@@ -156,7 +104,7 @@ class RolloutFit:
             self._epoch_step, self._is_resumed = state.get("epoch_step", step), True
             in_epoch = self.columns["id"] >> STEP_BITS >= self._epoch_step
             keys = list(self.columns.prompts)
-            self._visits = Counter(_content(keys[i]) for i in set(self.columns["prompt"][in_epoch].tolist()))
+            self._visits = Counter(content_of(keys[i]) for i in set(self.columns["prompt"][in_epoch].tolist()))
             self.estimator = self.make_estimator(self._fitted_rows)
 
     def state(self) -> dict[str, Any]:
@@ -242,45 +190,21 @@ class RolloutFit:
             drawn = [self.proposal] * len(completions) if proposals is None else proposals
             rows |= {"proposal": list(map(list, drawn)), "proposal_logps": completions.proposal_logps.tolist()}
             if self.context.problem.is_decoded:
-                rows |= self._decoded_columns(completions, keys, drawn)
+                rows |= self.scoring.decoded_columns(completions, keys, drawn, self.proposal)
             else:
                 mixtures = self._mixtures_of(keys)
-                scores, pooled = self._score(completions, keys, mixtures)
+                scores, pooled = self.scoring.score(completions, keys, mixtures)
                 rows |= scores
                 for found in (_density_rows(rows["id"], mixtures, pooled), self._densities_of_earlier(keys)):
                     densities = {name: densities[name] + found[name] for name in densities}
         else:
-            found = self._complete(completions, keys, known)
+            found = self.scoring.complete(completions, keys, known)
             # new rewards replace the given ones
             rows = found | {
                 name: values for name, values in rows.items() if name != "normalizers" or name not in found
             }
         digests = self._write(step, part, examples, completions, rows, densities)
         self._share(rows, densities, digests)
-
-    def _decoded_columns(
-        self, completions: Completions, keys: Sequence[str], proposals: Sequence[Proposal]
-    ) -> dict[str, list]:
-        """
-        Log-probabilities and normalizers of completions for a fit to what is decoded. Those of the mixture were recorded while
-        it decoded; the reference's own ones need none, unless it is the proposal.
-        """
-        if completions.normalizers is None and self.proposal:
-            unknown: list = [None] * len(completions)
-            known = {"policy_logps": unknown, "reference_logps": completions.proposal_logps.tolist()}
-            if self.context.args.temperature != 1:
-                known["reference_logps"] = self.context.reference_logps(completions).tolist()
-            return known | {"normalizers": unknown}
-        if completions.normalizers is None or completions.normalizers.isnan().any():
-            anchor = self._anchor(proposals[0])
-            completions.policy_logps, completions.normalizers = self.context.normalizers(completions, anchor)
-        return self._single_logps(completions, keys, {}) | {"normalizers": completions.normalizers.tolist()}
-
-    def _anchor(self, proposal: Proposal) -> Proposal:
-        """The weights around which the normalizers of completions of a proposal are expanded."""
-        if len(proposal) == self.context.problem.num_components:
-            return proposal
-        return self._defensive(self.context.problem.objective_weights(self.context.model.config.mixture_weights))
 
     def _keys(self, examples: list[dict[str, Any]], known: dict[str, list] | None) -> list[str]:
         """
@@ -306,102 +230,6 @@ class RolloutFit:
         self._micro_batch = self._micro_batch + 1 if step == self._step else 0
         self._step = step
         return self._micro_batch * self.context.accelerator.num_processes + self.context.accelerator.process_index
-
-    def _score(
-        self, completions: Completions, keys: Sequence[str], mixtures: Sequence[Proposal]
-    ) -> tuple[dict[str, list], torch.Tensor]:
-        """Log-probabilities under the policies and the reference, and under mixtures."""
-        pooled = torch.empty(len(completions), 0)
-        if mixtures:
-            policy_logps, pooled = self.context.mixture_logps(completions, mixtures)
-            if completions.policy_logps is None:
-                completions.policy_logps = policy_logps
-        return self._single_logps(completions, keys, {}), pooled
-
-    def _single_logps(self, completions: Completions, keys: Sequence[str], known: dict[str, list]) -> dict[str, list]:
-        """
-        Log-probabilities under the policies and the reference: stored values first, then values recorded while sampling, then
-        those that the objective or `score_policies` requires; `None` otherwise.
-        """
-        args, count = self.context.args, len(completions)
-        policy_logps = list(known.get("policy_logps", [None] * count))
-        reference_logps = list(known.get("reference_logps", [None] * count))
-        share = args.score_policies
-        if completions.policy_logps is not None or args.objective != "reward":
-            share = 1.0
-        rows = [i for i, value in enumerate(policy_logps) if value is None and in_share(keys[i], share)]
-        _fill(policy_logps, rows, completions, self._objective_logps)
-        if self.context.reference_logps is not None:
-            rows = [i for i, value in enumerate(reference_logps) if value is None]
-            _fill(reference_logps, rows, completions, self.context.reference_logps)
-        return {"policy_logps": policy_logps, "reference_logps": reference_logps}
-
-    def _objective_logps(self, completions: Completions) -> torch.Tensor:
-        """Log-probabilities under the policies, without the reference that the mixture may have as its last component."""
-        problem = self.context.problem
-        logps = self.context.policy_logps(completions)[:, : problem.num_objectives]
-        if logps.isnan().any():  # which would count as unknown
-            name = problem.objectives[int(logps.isnan().any(0).nonzero()[0])]
-            raise ValueError(
-                f"The policy of {name!r} gives NaN as the log-probability of a completion. Check its weights and its dtype, "
-                "as float16 overflows."
-            )
-        return logps
-
-    def _complete(self, completions: Completions, keys: Sequence[str], known: dict[str, list]) -> dict[str, list]:
-        """All columns of given completions: those that they come with, and those that are computed."""
-        rows = {name: values for name, values in known.items() if name in COLUMNS}
-        if self.context.problem.is_decoded:
-            rows["normalizers"] = self._complete_normalizers(completions, known)
-        rows |= self._single_logps(completions, keys, known)
-        return rows | self._complete_proposals(completions, known, rows["reference_logps"])
-
-    def _complete_proposals(
-        self, completions: Completions, known: dict[str, list], reference_logps: list[float | None]
-    ) -> dict[str, list]:
-        """What given completions were drawn from: the reference policy, where they come without `proposal_logps`."""
-        logps = list(known.get("proposal_logps", [None] * len(completions)))
-        proposals = list(known.get("proposal", [None] * len(completions)))
-        missing = [row for row, value in enumerate(logps) if value is None]
-        for row in missing:
-            if proposals[row]:
-                raise ValueError(
-                    f"A completion has the `proposal` {list(proposals[row])}, weights of a mixture, but no `proposal_logps`. "
-                    "Add its log-probability under that mixture, or leave out `proposal` if the reference drew it."
-                )
-            proposals[row] = []
-            logps[row] = reference_logps[row] if self.context.temperature == 1 else None
-        unknown = [row for row in missing if logps[row] is None]
-        if unknown and self.context.reference_proposal_logps is None:
-            raise ValueError(
-                f"{len(unknown)} of {len(logps)} completions have no `proposal_logps`, and there is no reference policy that "
-                "could have drawn them. Add that column, or pass `ref_model`."
-            )
-        _fill(logps, unknown, completions, self.context.reference_proposal_logps)
-        return {"proposal_logps": logps, "proposal": proposals}
-
-    def _complete_normalizers(self, completions: Completions, known: dict[str, list]) -> list[list[float]]:
-        """
-        The normalizers of given completions: those that they come with, and those that are computed, by their proposals. Where
-        none has any, the passes tell the log-probabilities under the policies, too, which are kept.
-        """
-        size = num_terms(self.context.problem.num_components)
-        found = [
-            values if values is not None and len(values) == size else None
-            for values in known.get("normalizers", [None] * len(completions))
-        ]
-        anchors = [self._anchor(tuple(weights or ())) for weights in known.get("proposal", [None] * len(completions))]
-        policy_logps = torch.empty(len(completions), self.context.problem.num_components, dtype=torch.float64)
-        keeps = found.count(None) == len(found)
-        for anchor in dict.fromkeys(anchors):
-            missing = [i for i, value in enumerate(found) if value is None and anchors[i] == anchor]
-            if missing:
-                policy_logps[missing], packed = self.context.normalizers(completions.select(missing), anchor)
-                for row, values in zip(missing, packed.tolist()):
-                    found[row] = values
-        if keeps:
-            completions.policy_logps = policy_logps
-        return found
 
     def _mixtures_of(self, keys: Sequence[str]) -> list[Proposal]:
         """The mixtures, other than the current proposal, that drew earlier completions of these prompts."""
@@ -537,7 +365,7 @@ class RolloutFit:
     def num_prompts(self) -> int:
         """How many different prompts the estimate is made from."""
         count = int(self.columns["prompt"][: self._fitted_rows].max(initial=-1)) + 1
-        return len({_content(key) for key in itertools.islice(self.columns.prompts, count)})
+        return len({content_of(key) for key in itertools.islice(self.columns.prompts, count)})
 
     def prepare_estimator(self, is_last: bool) -> None:
         """
@@ -568,7 +396,7 @@ class RolloutFit:
             # rewards may be rare, and more completions may have them
             self._is_new, self.certificate = False, None
             if isinstance(self.estimator, DecodedEstimator) and self.proposal:
-                self.proposal = self._defensive(self.estimator.closest_to_feasible(weights))
+                self.proposal = self.scoring.defensive(self.estimator.closest_to_feasible(weights))
             if not self._has_warned:
                 logger.warning(f"{error} The weights stay as they are until completions show such a policy.")
             self._has_warned = True
@@ -616,7 +444,7 @@ class RolloutFit:
         else:
             is_stale = self.effective_sample_fraction < limit
         if self.proposal and is_stale:
-            self.proposal = self._defensive(weights)
+            self.proposal = self.scoring.defensive(weights)
 
 
 def prompt_key(example: dict[str, Any]) -> str:
@@ -625,31 +453,10 @@ def prompt_key(example: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def in_share(key: str, share: float) -> bool:
-    """Whether a prompt belongs to a share of all prompts. Its key alone decides, so every process and run agrees."""
-    key = _content(key)
-    return int(key, 16) < share * 16 ** len(key)
-
-
-def _content(key: str) -> str:
-    """The part of a key that depends on the content of a prompt alone."""
-    return key.partition("#")[0]
-
-
 def _repetition(key: str | None) -> str:
     """The part of a stored key that tells the rows of a dataset with one prompt apart: empty for the first of them."""
     found = re.search(r"#\d+$", key or "")
     return found[0] if found else ""
-
-
-def _fill(
-    values: list, rows: list[int], completions: Completions, score: Callable[[Completions], torch.Tensor]
-) -> None:
-    """Scores some rows of completions, and puts the results into `values`."""
-    if rows:
-        part = completions if len(rows) == len(completions) else completions.select(rows)
-        for row, value in zip(rows, score(part).tolist()):
-            values[row] = value
 
 
 def _density_rows(ids: Sequence[int], proposals: Sequence[Proposal], logps: torch.Tensor) -> dict[str, list]:

@@ -20,7 +20,7 @@ from mpo_hf import MixturePolicyModel, MPOConfig, MPOTrainer
 from mpo_hf.estimation import DualTable, certify, minimize_dual
 from mpo_hf.rewards import RewardError
 from mpo_hf.rollouts.store import write_whole
-from mpo_hf.trainer import rollout_fit
+from mpo_hf.trainer import rollout_fit, row_scoring
 from mpo_hf.trainer.fit_problem import FitProblem
 
 
@@ -323,7 +323,7 @@ def test_only_prompts_that_are_scored_wholly_tell_what_a_mixture_reaches(tmp_pat
 
 def test_shares_begin_with_no_prompt_and_end_with_all():
     keys = [rollout_fit.prompt_key({"prompt": str(i)}) for i in range(1000)] + ["0" * 16, "f" * 16]
-    parts = [{key for key in keys if rollout_fit.in_share(key, share)} for share in (0.0, 0.25, 0.5, 1.0)]
+    parts = [{key for key in keys if row_scoring.in_share(key, share)} for share in (0.0, 0.25, 0.5, 1.0)]
     assert not parts[0] and parts[1] < parts[2] < parts[3] == set(keys)
     assert [len(part) / 1000 for part in parts[1:3]] == pytest.approx([0.25, 0.5], abs=0.05)
 
