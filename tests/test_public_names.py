@@ -67,8 +67,8 @@ OVERRIDDEN = {
     "JoinedView": "update",
     "MPOConfig": "learning_rate logging_steps lr_scheduler_type max_grad_norm max_steps per_device_eval_batch_size "
     "per_device_train_batch_size remove_unused_columns save_steps save_total_limit",
-    "MPOTrainer": "args compute_loss create_model_card create_optimizer evaluation_loop floating_point_ops get_eval_dataloader "
-    "get_test_dataloader get_train_dataloader log model model_accepts_loss_kwargs optimizer prediction_step push_to_hub save_model",
+    "MPOTrainer": "accelerator args compute_loss create_model_card create_optimizer evaluation_loop floating_point_ops get_eval_dataloader "
+    "get_test_dataloader get_train_dataloader log model model_accepts_loss_kwargs optimizer prediction_step push_to_hub save_model train",
     "MixtureGenerationMixin": "create_masks_for_generate init_continuous_batching prepare_inputs_for_generation",
     "MixtureLogitsProcessor": "supports_continuous_batching",
     "MixturePolicyConfig": "from_dict hidden_size layer_types max_position_embeddings model_type num_attention_heads "
@@ -114,9 +114,9 @@ READ = {
     "transformers.PreTrainedModel": "base_model_prefix can_generate generation_config set_attn_implementation",
     "transformers.PreTrainedTokenizerBase": "apply_chat_template chat_template convert_ids_to_tokens pad",
     "transformers.Trainer": "accelerator",
-    "transformers.TrainerControl": "should_training_stop",
+    "transformers.TrainerControl": "should_save should_training_stop",
     "transformers.TrainerState": "epoch global_step is_local_process_zero is_world_process_zero",
-    "transformers.TrainingArguments": "gradient_accumulation_steps resume_from_checkpoint",
+    "transformers.TrainingArguments": "gradient_accumulation_steps resume_from_checkpoint save_strategy world_size",
     "transformers.cache_utils.Cache": "batch_select_indices crop get_seq_length has_previous_state offloading reorder_cache",
     "transformers.cache_utils.CacheLayerMixin": "cumulative_length cumulative_length_int keys lazy_initialization values",
     "transformers.utils.ModelOutput": "attentions hidden_states logits",

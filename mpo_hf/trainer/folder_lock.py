@@ -62,7 +62,7 @@ def _lock(file: int, folder: str | os.PathLike, shared: bool) -> None:
                 f"The file system of {str(folder)!r} has no locks ({error}). See to it that only one run writes there at a time."
             )
             return
-        owner = os.pread(file, 1000, 0).decode(errors="replace").strip()
+        owner = str(os.pread(file, 1000, 0), errors="replace").strip()
         raise ValueError(
             f"Another run is at work in {str(folder)!r}: {owner or 'a process that only reads'}. Wait for its end, or choose "
             "another folder."
