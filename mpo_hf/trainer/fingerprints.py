@@ -114,7 +114,8 @@ def rows_fingerprint(dataset: Any) -> str | None:
 def reward_fingerprint(reward: Any) -> str:
     """
     A fingerprint of a reward: the code of a function, the weights of a model, and the values that either is made with. Values
-    that its own code changes, as counters, do not count, nor do lists and dictionaries, which may be caches.
+    that its own code changes, as counters, do not count, nor do dictionaries and lists of other than functions and models, which
+    may be caches.
     """
     return digest(_described(reward, ()))
 
@@ -132,7 +133,7 @@ def _described(value: Any, within: tuple[int, ...]) -> Any:
         return tokenizer_fingerprint(value)
     if isinstance(value, CodeType):
         parts = (value.co_code, value.co_names, value.co_varnames, value.co_consts)
-    elif isinstance(value, tuple):
+    elif isinstance(value, tuple) or (isinstance(value, list) and value and all(map(callable, value))):
         parts = value
     elif isinstance(value, frozenset):
         parts = tuple(sorted(value, key=repr))

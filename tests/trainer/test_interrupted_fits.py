@@ -16,6 +16,7 @@ from toy import PROMPTS, toy_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from mpo_hf import MixturePolicyModel, MPOTrainer
+from mpo_hf.rewards import RewardEnsemble
 from mpo_hf.trainer import fit_card, saving
 from mpo_hf.trainer.fingerprints import reward_fingerprint
 from mpo_hf.trainer.folder_lock import LOCK, locked
@@ -233,6 +234,8 @@ def test_rewards_are_known_by_what_they_compute(monkeypatch):
         Judge("b").__call__,
         torch.nn.Linear(2, 1),
         torch.nn.Linear(2, 1),
+        RewardEnsemble([count_b, count_c], label="a"),
+        RewardEnsemble([count_b, counts], label="a"),
     ]
     found = [reward_fingerprint(reward) for reward in kinds]
     assert len(set(found)) == len(kinds)
