@@ -91,6 +91,8 @@ class CheckpointResuming:
 
     def _choose(self, wanted: str | bool) -> str | None:
         """The checkpoint to resume from, after what cannot be kept beside it has been removed; `None` to begin anew."""
+        if self.rollout_fit is not None:
+            self.rollout_fit.store.read_index()  # another run may have written since the trainer was made
         found = checkpoints_in(self.args.output_dir)
         damage = {folder: why_not_whole(folder, self.args) for folder in found}
         if wanted is True:
