@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..mixture.modeling_mixture import MixturePolicyModel
+from ..text_table import printable
 from .generate import SAMPLING_SECTION, SamplingArguments, generate, make_streamer, sampling_kwargs
 from .loading import MODEL_SECTION, ModelArguments, load_mixture, load_tokenizer_of
 from .parser import CommandParser
@@ -96,7 +97,7 @@ class Conversation:
                 self.model.mixture_weights = [float(argument.strip(",")) for argument in arguments]
             print(_describe_weights(self.model))
         except ValueError as err:
-            print(f"error: {err}")
+            print(f"error: {printable(str(err))}")
 
     def answer(self, line: str) -> None:
         """Answers a message. It is dropped if its answer is interrupted."""
@@ -124,4 +125,4 @@ def _read_line() -> str | None:
 
 def _describe_weights(model: MixturePolicyModel) -> str:
     pairs = zip(model.config.labels, model.config.mixture_weights)
-    return ", ".join(f"{label} {weight:.4g}" for label, weight in pairs)
+    return ", ".join(f"{printable(label)} {weight:.4g}" for label, weight in pairs)

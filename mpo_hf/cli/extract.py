@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from ..extraction.adapter_extraction import extract_adapter
+from .data_files import lines_of
+from .early_checks import check_device, check_dtype
 from .parser import CommandParser
 
 
@@ -74,6 +76,8 @@ def make_parser() -> CommandParser:
 def run(argv: Sequence[str]) -> None:
     """Runs `mpo-hf extract-adapter`."""
     args, namespace = make_parser().parse(argv)
+    check_dtype("--dtype", args.dtype)
+    check_device(args.device)
     adapter = extract_adapter(
         _located(namespace.model, args.revision),
         _located(args.base, args.base_revision),
@@ -82,7 +86,7 @@ def run(argv: Sequence[str]) -> None:
         target_modules=args.target_modules,
         embeddings=args.embeddings,
         modules_to_save=args.modules_to_save,
-        dtype=None if args.dtype is None else _dtype(args.dtype),
+        dtype=None if args.dtype in (None, "auto") else getattr(torch, args.dtype),
         device=args.device,
         texts=None if args.text_file is None else _read_lines(args.text_file),
     )
@@ -95,15 +99,11 @@ def _located(source: str, revision: str | None) -> Any:
     return source if revision is None else {"name_or_path": source, "revision": revision}
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"--dtype must name a floating point type of torch, such as bfloat16, got {name!r}.")
-    return dtype
-
-
 def _read_lines(path: str) -> list[str]:
-    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = lines_of(Path(path).read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as err:
+        raise ValueError(f"{path!r} is not text in UTF-8: {err}") from err
     if not lines:
         raise ValueError(f"There are no texts in {path!r}.")
     return lines

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 from trl import ScriptArguments
 
@@ -15,13 +15,14 @@ from ..mixture.tokenizer_loading import load_tokenizer
 from ..text_table import format_table
 from ..trainer import MPOConfig, MPOTrainer
 from ..trainer.fit_card import PLOT_NAME
-from .parser import CommandParser
+from ..trainer.progress import close_bars
+from .data_files import check_data, file_type, load_table, with_prompts
+from .early_checks import check_dtype, check_folder, check_reporters
+from .parser import CommandParser, UsageError
 from .reward_arguments import parse_reward
 
 
 logger = logging.get_logger(__name__)
-
-FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass
@@ -68,7 +69,7 @@ class FitArguments(ScriptArguments):
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "The prompts: a dataset's repo id or folder, or a .json, .jsonl, .parquet or .csv file, with a column "
+            "help": "The prompts: a dataset's repo id or folder, or a .jsonl, .json, .parquet, .csv or .txt file, with a column "
             "'prompt' of texts or of conversations. Other columns are passed to the rewards.",
             "metavar": "DATASET",
             "aliases": ["--dataset"],
@@ -81,6 +82,9 @@ class FitArguments(ScriptArguments):
             "metavar": "DATASET",
             "aliases": ["--eval_dataset"],
         },
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "The column of prompts, if it is not 'prompt'.", "metavar": "NAME"}
     )
     rollouts: str | None = field(
         default=None,
@@ -131,6 +135,7 @@ SECTIONS = {
     ],
     "prompts": [
         "dataset",
+        "prompt_column",
         "dataset_config",
         "dataset_train_split",
         "dataset_streaming",
@@ -187,7 +192,7 @@ TEXTS = {
     "proposal": "Draw completions from the 'reference' or from the 'mixture'.",
     "normalize_rewards": "The scale on which rewards are compared: 'optimal', 'regret', 'reference', 'gain', 'z_score', 'win_rate' "
     "or 'none'. The default depends on the welfare.",
-    "cvar_level": "Share of the objectives that CVaR is the mean of (default: 0.5)",
+    "cvar_level": "Share of the objectives that CVaR is the mean of.",
     "per_device_train_batch_size": "Completions per device and step (default: about 32)",
     "temperature": "Sampling temperature, of the fit and of what it is for.",
     "seed": "Seed of the sampling.",
@@ -229,6 +234,8 @@ def make_parser() -> CommandParser:
         sections=SECTIONS,
         examples=EXAMPLES,
         texts=TEXTS,
+        mappings=("policies", "reference", "rewards"),
+        rivals={"rollouts": ["dataset_name"], "dataset_name": ["rollouts"]},
     )
     parser.add_full_help()
     return parser
@@ -237,8 +244,13 @@ def make_parser() -> CommandParser:
 def run(argv: Sequence[str]) -> None:
     """Runs `mpo-hf fit`."""
     args, training_args = make_parser().parse(argv)
+    check_early(args, training_args)
     trainer = make_trainer(args, training_args)
-    trainer.train(resume_from_checkpoint=_checkpoint(training_args.resume_from_checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=_checkpoint(training_args.resume_from_checkpoint))
+    except BaseException:
+        close_bars(trainer)  # the message is on a line of its own
+        raise
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
@@ -253,6 +265,18 @@ def run(argv: Sequence[str]) -> None:
     trainer.end()
 
 
+def check_early(args: FitArguments, training_args: MPOConfig) -> None:
+    """Refuses what can be known to fail, before anything is opened."""
+    for option, name in (("--dataset", args.dataset_name), ("--eval_dataset", args.eval_dataset_name)):
+        if name is not None:
+            check_data(option, name)
+    if args.rollouts is not None:
+        check_data("--rollouts", args.rollouts)
+    check_dtype("--dtype", args.dtype)
+    check_reporters(training_args)
+    check_folder(training_args, _checkpoint(training_args.resume_from_checkpoint))
+
+
 def make_trainer(args: FitArguments, training_args: MPOConfig) -> MPOTrainer:
     """A trainer for the arguments. What is quick to check is loaded first, and policies last."""
     rewards = [parse_reward(reward) for reward in args.rewards]
@@ -262,13 +286,13 @@ def make_trainer(args: FitArguments, training_args: MPOConfig) -> MPOTrainer:
     else:
         train_dataset = load_prompts(args, args.dataset_name, args.dataset_train_split)
     if training_args.eval_strategy != "no":
-        if args.eval_dataset_name is None and (rollouts is not None or _file_type(args.dataset_name)):
-            raise ValueError(
+        if args.eval_dataset_name is None and (rollouts is not None or file_type(args.dataset_name)):
+            raise UsageError(
                 "--eval_strategy needs --eval_dataset, as files of prompts and rollouts have no test split."
             )
         eval_dataset = load_prompts(args, args.eval_dataset_name or args.dataset_name, args.dataset_test_split)
     elif args.eval_dataset_name:
-        raise ValueError(
+        raise UsageError(
             f"--eval_dataset {args.eval_dataset_name} has no effect without --eval_strategy: add --eval_strategy steps, or "
             "leave it out."
         )
@@ -318,23 +342,20 @@ def load_prompts(args: FitArguments, name: str, split: str) -> Dataset | Iterabl
         name (`str`): file, folder or repo id.
         split (`str`): the split of a dataset that has some.
     """
-    if file_type := _file_type(name):
-        if not os.path.isfile(name):
-            raise OSError(f"There is no file {name!r}.")
-        return load_dataset(file_type, data_files=name, split="train", streaming=args.dataset_streaming)
-    return load_dataset(name, args.dataset_config, split=split, streaming=args.dataset_streaming)
+    table = load_table(name, args.dataset_config, split, args.dataset_streaming)
+    return with_prompts(table, name, args.prompt_column)
 
 
 def load_rollouts(args: FitArguments, training_args: MPOConfig) -> str | Dataset:
     """Completions to fit to: the folder of a store, or a dataset."""
     if training_args.estimator != "mis":
-        raise ValueError(
+        raise UsageError(
             f"--rollouts {args.rollouts} need --estimator mis: mirror descent (--estimator {training_args.estimator}) draws "
             "its own completions."
         )
     if args.dataset_streaming:
-        raise ValueError("--rollouts are fitted all at once, and cannot be streamed. Leave out --dataset_streaming.")
-    if os.path.isdir(args.rollouts):
+        raise UsageError("--rollouts are fitted all at once, and cannot be streamed. Leave out --dataset_streaming.")
+    if os.path.isdir(args.rollouts) and not os.path.isfile(os.path.join(args.rollouts, "state.json")):
         return args.rollouts
     return load_prompts(args, args.rollouts, args.dataset_train_split)
 
@@ -357,10 +378,6 @@ def summarize(trainer: MPOTrainer) -> str:
     header = ["objective", "policy", "weight", f"mean reward of {drew}"]
     header += ["standard error of the weight", "reward of the mixture"] if certificate is not None else []
     return format_table(header, rows)
-
-
-def _file_type(name: str) -> str | None:
-    return FILE_TYPES.get(os.path.splitext(name)[1].lower())
 
 
 def _checkpoint(value: str | bool | None) -> str | bool | None:

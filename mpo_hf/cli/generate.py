@@ -1,8 +1,8 @@
 """`mpo-hf generate`: completions of prompts."""
 
-import json
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,10 @@ import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from ..mixture.modeling_mixture import MixturePolicyModel
+from ..text_table import printable, to_json
+from .data_files import Prompt, read_prompts_file, read_prompts_stream
 from .loading import MODEL_SECTION, ModelArguments, load_mixture, load_tokenizer_of
-from .parser import CommandParser
+from .parser import CommandParser, UsageError
 
 
 @dataclass
@@ -36,7 +38,15 @@ class GenerateArguments:
 
     prompt: list[str] = field(default_factory=list, metadata={"help": "The prompts, each in quotation marks."})
     prompts_file: str | None = field(
-        default=None, metadata={"help": "File with one prompt per line; - for standard input.", "metavar": "FILE"}
+        default=None,
+        metadata={
+            "help": "File with one prompt per line, or .jsonl, .json, .csv or .parquet with a column 'prompt' or 'messages'; - "
+            "for standard input.",
+            "metavar": "FILE",
+        },
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "The column of prompts in that file.", "metavar": "NAME"}
     )
     system: str | None = field(default=None, metadata={"help": "System message."})
     raw: bool = field(
@@ -62,7 +72,7 @@ def make_parser() -> CommandParser:
         "one per line. They become user messages if the tokenizer has a chat template.",
         sections={
             "mixture": MODEL_SECTION,
-            "prompts": ["prompt", "prompts_file", "system", "raw", "batch_size", "json"],
+            "prompts": ["prompt", "prompts_file", "prompt_column", "system", "raw", "batch_size", "json"],
             "decoding": SAMPLING_SECTION,
         },
         examples=EXAMPLES,
@@ -73,7 +83,7 @@ def run(argv: Sequence[str]) -> None:
     """Runs `mpo-hf generate`."""
     model_args, args, sampling = make_parser().parse(argv)
     if args.batch_size < 1:
-        raise ValueError(f"--batch_size must be at least 1, got {args.batch_size}.")
+        raise UsageError(f"--batch_size must be at least 1, got {args.batch_size}.")
     kwargs = sampling_kwargs(sampling)
     prompts = read_prompts(args)
     model = load_mixture(model_args)
@@ -86,8 +96,10 @@ def run(argv: Sequence[str]) -> None:
     for start in range(0, len(prompts), args.batch_size):
         batch = prompts[start : start + args.batch_size]
         for prompt, text in zip(batch, generate(model, encode(tokenizer, args, batch), tokenizer, **kwargs)):
-            line = json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False)
-            print(line if args.json else f"> {prompt}\n{text}\n", flush=True)
+            if args.json:
+                print(to_json({"prompt": prompt, "completion": text}), flush=True)
+            else:
+                print(f"> {_shown(prompt)}\n{_for_terminal(text)}\n", flush=True)
 
 
 def sampling_kwargs(args: SamplingArguments) -> dict[str, Any]:
@@ -100,10 +112,16 @@ def sampling_kwargs(args: SamplingArguments) -> dict[str, Any]:
     Raises:
         `ValueError`: for values out of range.
     """
-    if args.max_new_tokens < 1:
-        raise ValueError(f"--max_new_tokens must be at least 1, got {args.max_new_tokens}.")
-    if args.temperature is not None and args.temperature < 0:
-        raise ValueError(f"--temperature must be at least 0, got {args.temperature}.")
+    limits = {  # name: the condition, in code and in words
+        "max_new_tokens": (args.max_new_tokens >= 1, "at least 1"),
+        "temperature": (args.temperature is None or 0 <= args.temperature < math.inf, "at least 0"),
+        "top_p": (args.top_p is None or 0 < args.top_p <= 1, "above 0 and at most 1"),
+        "top_k": (args.top_k is None or args.top_k >= 0, "at least 0"),
+        "seed": (args.seed is None or 0 <= args.seed < 2**32, "from 0 to 2**32 - 1"),
+    }
+    for name, (holds, words) in limits.items():
+        if not holds:
+            raise UsageError(f"--{name} must be {words}, got {getattr(args, name)}.")
     kwargs: dict[str, Any] = {"max_new_tokens": args.max_new_tokens}
     if args.temperature == 0:
         return kwargs | {"do_sample": False}
@@ -111,7 +129,7 @@ def sampling_kwargs(args: SamplingArguments) -> dict[str, Any]:
     return kwargs | given | ({"do_sample": True} if given else {})
 
 
-def read_prompts(args: GenerateArguments) -> list[str]:
+def read_prompts(args: GenerateArguments) -> list[Prompt]:
     """
     The prompts, in their order.
 
@@ -119,44 +137,49 @@ def read_prompts(args: GenerateArguments) -> list[str]:
         args ([`GenerateArguments`]): the options.
 
     Raises:
-        `ValueError`: when there is none.
+        `ValueError`: when there is none, or one that is no prompt.
     """
-    prompts = [args.prompt] if isinstance(args.prompt, str) else list(args.prompt)
-    if args.prompts_file not in (None, "-"):
-        with open(args.prompts_file, encoding="utf-8") as file:
-            prompts += _lines(file)
-    elif args.prompts_file == "-" or (not prompts and not sys.stdin.isatty()):
-        prompts += _lines(sys.stdin)
+    prompts: list[Prompt] = list(args.prompt)
+    if blank := [prompt for prompt in args.prompt if not prompt.strip()]:
+        raise UsageError(f"--prompt needs a text, got {blank[0]!r}.")
+    reads_file = args.prompts_file not in (None, "-")
+    reads_stream = args.prompts_file == "-" or (not prompts and not reads_file and not sys.stdin.isatty())
+    if reads_file:
+        prompts += read_prompts_file(args.prompts_file, args.prompt_column)
+    elif reads_stream:
+        prompts += read_prompts_stream(sys.stdin, args.prompt_column)
+    elif args.prompt_column is not None:
+        raise UsageError(f"--prompt_column {args.prompt_column} is for --prompts_file.")
     if not prompts:
-        raise ValueError(
+        raise UsageError(
             'There is no prompt. Give one by --prompt "...", or several by --prompts_file FILE, one per line.'
         )
     return prompts
 
 
-def _lines(file) -> Iterator[str]:
-    return (line.rstrip("\r\n") for line in file if line.strip())
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, args: GenerateArguments, prompts: Sequence[str]) -> BatchEncoding:
+def encode(tokenizer: PreTrainedTokenizerBase, args: GenerateArguments, prompts: Sequence[Prompt]) -> BatchEncoding:
     """
     Token ids of prompts, padded on the left.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the tokenizer.
         args ([`GenerateArguments`]): whether and how to apply its chat template.
-        prompts (`Sequence[str]`): the prompts.
+        prompts (`Sequence[str]` or `Sequence[list]`): the prompts, texts or conversations.
     """
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None or args.raw:
         if args.system is not None:
-            raise ValueError("--system needs a tokenizer with a chat template, and no --raw.")
+            raise UsageError("--system needs a tokenizer with a chat template, and no --raw.")
+        if any(not isinstance(prompt, str) for prompt in prompts):
+            raise UsageError("Prompts that are conversations need a tokenizer with a chat template, and no --raw.")
         return tokenizer(list(prompts), padding=len(prompts) > 1, padding_side="left", return_tensors="pt")
     system = [{"role": "system", "content": args.system}] if args.system is not None else []
     texts = [
         tokenizer.apply_chat_template(
-            [*system, {"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+            [*system, *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)],
+            add_generation_prompt=True,
+            tokenize=False,
         )
         for prompt in prompts
     ]
@@ -184,6 +207,22 @@ def generate(
     return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+class _Streamer(TextStreamer):
+    """Writes completions to standard output, token by token."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        super().on_finalized_text(_for_terminal(text), stream_end)
+
+
 def make_streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
     """Writes completions to standard output, token by token."""
-    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def _for_terminal(text: str) -> str:
+    """The answer of a model, which must not control a terminal. In a file or a pipe it stays as it is."""
+    return printable(text, is_name=False) if sys.stdout.isatty() else text
+
+
+def _shown(prompt: Prompt) -> str:
+    return _for_terminal(prompt if isinstance(prompt, str) else str(prompt[-1]["content"]))

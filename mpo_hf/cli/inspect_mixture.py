@@ -1,6 +1,5 @@
 """`mpo-hf inspect`: the components of a mixture, without loading them."""
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from ..mixture.component_loading import resolve_relative
 from ..mixture.configuration_mixture import MixtureComponent, MixturePolicyConfig
 from ..mixture.hub_files import Location, read_license
 from ..mixture.mixture_building import read_mixture_config
-from ..text_table import align_columns, format_table
+from ..text_table import align_columns, format_table, to_json
 from .loading import named_in_errors
 from .parser import CommandParser
 
@@ -59,7 +58,7 @@ def run(argv: Sequence[str]) -> None:
     with named_in_errors(namespace.mixture):
         config = read_mixture_config(namespace.mixture, None, kwargs)
     facts = describe(config, namespace.mixture, args.revision, online=not args.offline)
-    print(json.dumps(facts, indent=2, ensure_ascii=False) if args.json else format_facts(facts))
+    print(to_json(facts, indent=2) if args.json else format_facts(facts))
 
 
 def describe(

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..mixture.modeling_mixture import MixturePolicyModel
 from ..mixture.tokenizer_loading import load_mixture_tokenizer
+from .early_checks import check_device, check_dtype
 
 
 @dataclass
@@ -56,6 +57,8 @@ def load_mixture(args: ModelArguments) -> MixturePolicyModel:
     Args:
         args ([`ModelArguments`]): which mixture, and how.
     """
+    check_dtype("--dtype", args.dtype)
+    check_device(args.device)
     kwargs: dict[str, Any] = {"dtype": args.dtype}
     for name in ("revision", "device_map"):
         if getattr(args, name) is not None:

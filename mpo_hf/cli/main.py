@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from ..text_table import printable
 
 
 # For each command, its module, which is imported when it runs, and its description.
@@ -45,28 +46,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): the arguments. Defaults to those of the process.
 
     Returns:
-        `int`: the exit status: 0, 1 for an error, 130 when interrupted. Options that cannot be parsed exit with 2.
+        `int`: the exit status: 0, 1 for an error, 2 for options that make no sense, 130 when interrupted.
     """
     parser = _make_parser()
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()
         return 0
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to fail
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     debug = args.debug or os.environ.get("MPO_HF_DEBUG", "") not in ("", "0")
+    module = None
     try:
-        return importlib.import_module(f".{COMMANDS[args.command][0]}", __package__).run(args.arguments) or 0
+        module = importlib.import_module(f".{COMMANDS[args.command][0]}", __package__)
+        status = module.run(args.arguments) or 0
+        sys.stdout.flush()  # here rather than at the exit, where nobody catches that its reader has gone
+        return status
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of the output has ended, such as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
         return 1
     except Exception as err:
         if debug or not _is_user_error(err):
             raise
         message = " ".join(str(err).split()) or type(err).__name__
-        print(f"mpo-hf {args.command}: error: {message} (mpo-hf --debug shows where)", file=sys.stderr)
-        return 1
+        if hasattr(module, "make_parser"):
+            message = module.make_parser().in_shell_words(message)
+        print(f"mpo-hf {args.command}: error: {printable(message)} (mpo-hf --debug shows where)", file=sys.stderr)
+        return 2 if _is_kind(err, "UsageError") else 1
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -87,10 +97,13 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _is_user_error(err: Exception) -> bool:
-    """Whether it is a wrong value, a missing file or repository, or an error in a reward function of the user."""
-    names = {cls.__name__ for cls in type(err).__mro__}
-    # by name, as their modules may not have been imported
-    return isinstance(err, ValueError | OSError) or bool(names & {"RewardError", "YAMLError"})
+    """Whether it is a wrong value, a missing file, repository or package, or an error in a reward function of the user."""
+    return isinstance(err, ValueError | OSError | ImportError) or _is_kind(err, "RewardError")
+
+
+def _is_kind(err: Exception, name: str) -> bool:
+    """Whether an error is of a class, by name, as its module may not have been imported."""
+    return name in {cls.__name__ for cls in type(err).__mro__}
 
 
 if __name__ == "__main__":

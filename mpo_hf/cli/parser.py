@@ -2,14 +2,32 @@
 
 import argparse
 import difflib
+import json
+import os
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 from trl import TrlParser
 
+from ..text_table import printable
+from .yaml_options import convert, read_yaml
+
 
 WIDTH, COLUMN = 110, 38
+
+# Options that have another name in Python.
+PYTHON_NAMES = {
+    "reward_funcs": "rewards",
+    "ref_model": "reference",
+    "train_dataset": "dataset",
+    "processing_class": "tokenizer",
+}
+
+
+class UsageError(ValueError):
+    """Options that make no sense, which exit with status 2, as options that cannot be parsed do."""
 
 
 class CommandParser(TrlParser):
@@ -25,6 +43,9 @@ class CommandParser(TrlParser):
             Names of the options on the page of help, by section. Others are listed by `--help_all`.
         examples (`str`): examples for the page of help.
         texts (`Mapping[str, str]`, *optional*): shorter descriptions of options for the page of help.
+        mappings (`Sequence[str]`, *optional*): options whose values may be mappings in YAML.
+        rivals (`Mapping[str, Sequence[str]]`, *optional*):
+            For an option that is given on the command line, those that it takes the place of in a YAML file.
     """
 
     def __init__(
@@ -36,8 +57,10 @@ class CommandParser(TrlParser):
         sections: Mapping[str, Sequence[str]],
         examples: str,
         texts: Mapping[str, str] | None = None,
+        mappings: Sequence[str] = (),
+        rivals: Mapping[str, Sequence[str]] | None = None,
     ):
-        self.sections = sections
+        self.sections, self.mappings, self.rivals = sections, mappings, rivals or {}
         self.texts = texts or {}
         self.examples = textwrap.dedent(examples).strip("\n")
         super().__init__(
@@ -61,29 +84,102 @@ class CommandParser(TrlParser):
 
         Returns:
             `list`: an instance of every dataclass, and a namespace if there are other arguments.
+
+        Raises:
+            `UsageError`: for options that do not fit together.
+            `ValueError`, `OSError`: for a YAML file that cannot be read.
         """
-        args = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-        if args and args[-1] == "--config":
-            self.error("--config needs a file")
-        *options, in_config, in_argv = self.parse_args_and_config(
-            args, return_remaining_strings=True, separate_remaining_strings=True
-        )
-        if unknown := in_config[::2] + in_argv:
+        args, path = self._take_config(argv)
+        self._check_repeated(args)
+        unknown = self._set_defaults(path, args) if path is not None else []
+        self._take_json()
+        try:
+            *options, in_argv = self.parse_args_into_dataclasses(args, return_remaining_strings=True)
+        except (ValueError, ImportError) as err:  # by a dataclass that looks at its fields
+            raise UsageError(self.in_shell_words(str(err))) from err
+        if unknown := unknown + in_argv:
             self.error(self._explain_unknown(unknown))
         return options
 
-    def set_defaults_with_config(self, **kwargs) -> list[str]:
-        # a file may use any name of an option, like the command line
-        names = {
-            option.lstrip("-"): action.dest
+    def _take_config(self, argv: Sequence[str]) -> tuple[list[str], str | None]:
+        """The arguments without `--config`, and its value."""
+        args = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+        if args.count("--config") > 1:
+            self.error("--config is given twice: put all options into one file")
+        if "--config" not in args:
+            return args, None
+        place = args.index("--config")
+        if not args[place + 1 :]:
+            self.error("--config needs a file")
+        return args[:place] + args[place + 2 :], args[place + 1]
+
+    def _check_repeated(self, args: Sequence[str]) -> None:
+        """Refuses `--prompt a --prompt b`, of which argparse would take the last one only."""
+        for action in self._actions:
+            places = [i for i, arg in enumerate(args) if arg.split("=", 1)[0] in action.option_strings]
+            counts = [sum(1 for _ in _values_behind(args, place)) for place in places]
+            if action.nargs == "+" and len(places) > 1 and set(counts) == {1}:
+                self.error(f"{args[places[0]]} is given {len(places)} times: put all of its values behind one")
+
+    def _set_defaults(self, path: str, args: Sequence[str]) -> list[str]:
+        """Takes a YAML file as defaults, and returns names in it that are no options."""
+        values, texts = read_yaml(path)
+        env = values.pop("env", None) or {}
+        if not isinstance(env, dict):
+            raise ValueError(f"`env` in {path} must be a mapping of names and values, got {env!r}.")
+        os.environ.update({str(name): str(value) for name, value in texts.get("env", {}).items()} if env else {})
+        actions = {
+            option.lstrip("-"): action
             for action in self._actions
             for option in action.option_strings
             if not isinstance(action, argparse._StoreFalseAction)
         }
-        return super().set_defaults_with_config(**{names.get(key, key): value for key, value in kwargs.items()})
+        given = {
+            action.dest for action in actions.values() if set(action.option_strings) & {a.split("=")[0] for a in args}
+        }
+        replaced = {rival for name in given for rival in self.rivals.get(name, ())}
+        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
+        seen: dict[str, str] = {}
+        for name in [name for name in values if str(name) in actions]:
+            action = actions[name]
+            if action.dest in seen:
+                raise UsageError(f"{path} has `{seen[action.dest]}` and `{name}`, which are one option.")
+            seen[action.dest] = name
+            try:
+                value = convert(
+                    values[name],
+                    texts.get(name, values[name]),
+                    hints.get(action.dest, Any),
+                    action.dest in self.mappings,
+                )
+            except ValueError as err:
+                raise UsageError(f"`{name}` in {path} {err}.") from err
+            if action.dest not in replaced:
+                self.set_defaults_with_config(**{action.dest: value})
+        return [f"--{name}" for name in values if str(name) not in actions]
+
+    def _take_json(self) -> None:
+        """Lets options that are mappings be written in JSON, as `--model_init_kwargs '{"dtype": "bfloat16"}'`."""
+        for action in self._actions:
+            if getattr(action.type, "__name__", None) == "dict":
+                action.type = _json_mapping
+
+    def in_shell_words(self, message: str) -> str:
+        """A message with options as one writes them in a shell: `--max_steps 50` in place of `max_steps=50`."""
+        known = {option.lstrip("-"): option for action in self._actions for option in action.option_strings}
+        known |= {name: f"--{option}" for name, option in PYTHON_NAMES.items() if option in known}
+
+        def translated(found: re.Match) -> str:
+            name, value = found["name"], (found["value"] or "").strip("\"'")
+            if name not in known:
+                return found[0]
+            value = {"True": "true", "False": "false"}.get(value, value)
+            return f"{known[name]} {value}".strip() if value != "..." else known[name]
+
+        return re.sub(r"`(?P<name>\w+)(=(?P<value>[^`]*))?`", translated, message)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help explains the options)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)} ({self.prog} --help explains the options)\n")
 
     def _explain_unknown(self, unknown: Sequence[str]) -> str:
         known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
@@ -137,6 +233,24 @@ class _FullHelp(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         print(parser.format_full_help())
         parser.exit()
+
+
+def _values_behind(args: Sequence[str], place: int) -> Sequence[str]:
+    """The values of the option at a place."""
+    if "=" in args[place]:
+        return args[place : place + 1]
+    end = next((i for i in range(place + 1, len(args)) if args[i].startswith("--")), len(args))
+    return args[place + 1 : end]
+
+
+def _json_mapping(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a mapping in JSON, such as '{{\"name\": 1}}', got {text!r}")
+    return value
 
 
 def _metavar(action: argparse.Action) -> str:

@@ -1,5 +1,6 @@
 """Rewards as given on the command line and in YAML files."""
 
+import ast
 import dataclasses
 import functools
 import importlib
@@ -8,10 +9,12 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..rewards import RewardModelSpec
 from ..rewards.ensembles import RewardEnsemble
+from .parser import UsageError
 
 
 ENSEMBLE_KEYS = ("ensemble", "aggregation", "coefficient", "label")
@@ -36,6 +39,10 @@ def parse_reward(given: str | dict[str, Any]) -> str | Callable | RewardModelSpe
     if not isinstance(given, str):
         raise ValueError(f"A reward is a repo id, a folder, a function or a dictionary, got {given!r}.")
     source, separator, name = given.rpartition(":")
+    if given.endswith(".py"):
+        raise UsageError(_functions_of(given, f"The reward {given!r} needs a function: {given}:NAME."))
+    if os.path.isfile(given):
+        raise UsageError(f"The reward {given!r} is a file, and neither Python code nor the folder of a classifier.")
     if not separator or os.path.isdir(given):
         return given
     return _import_function(given, source, name)
@@ -65,22 +72,50 @@ def _check_keys(what: str, given: dict[str, Any], known: Sequence[str]) -> None:
 
 
 def _import_function(given: str, source: str, name: str) -> Callable:
+    if os.path.isdir(source):
+        raise UsageError(
+            f"The reward {given!r}: {source!r} is a folder. Name a file or a module, and a function in it."
+        )
     try:
         module = _import_file(source) if source.endswith(".py") else _import_module(source)
-    except (ImportError, SyntaxError) as err:
+    except (OSError, UsageError):
+        raise
+    except (Exception, SystemExit) as err:  # whatever the code of a user raises
         raise ValueError(f"The reward {given!r} cannot be imported: {type(err).__name__}: {err}") from err
     function = module
     for part in name.split("."):
         function = getattr(function, part, None)
     if not callable(function):
-        raise ValueError(f"The reward {given!r}: {source!r} has no function {name!r}.")
+        raise UsageError(_functions_of(source, f"The reward {given!r}: {source!r} has no function {name!r}."))
     return function
+
+
+def _functions_of(source: str, message: str) -> str:
+    """A message, with the functions that a file has, read without running it."""
+    if not source.endswith(".py"):
+        return message
+    if not os.path.isfile(source):
+        raise OSError(f"There is no file {source!r} to take a reward function from.")
+    try:
+        body = ast.parse(Path(source).read_bytes()).body
+    except (SyntaxError, ValueError):
+        return message
+    names = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return f"{message} It has {', '.join(dict.fromkeys(names)) or 'none'}."
+
+
+def _check_once(path: str) -> None:
+    """Refuses a file that defines a function twice: Python would take the last one without a word."""
+    names = [node.name for node in ast.parse(Path(path).read_bytes(), path).body if isinstance(node, ast.FunctionDef)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"The file {path!r} defines {', '.join(twice)} more than once: rename the others.")
 
 
 @functools.cache
 def _import_file(path: str):
     if not os.path.isfile(path):
         raise OSError(f"There is no file {path!r} to take a reward function from.")
+    _check_once(path)
     folder, filename = os.path.split(os.path.abspath(path))
     if folder not in sys.path:
         sys.path.append(folder)  # it may import modules beside it
@@ -89,7 +124,11 @@ def _import_file(path: str):
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 

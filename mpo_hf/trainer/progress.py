@@ -9,6 +9,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 
+from ..text_table import printable
+
 
 # Seconds before a bar of completions shows up, so that short steps do not flicker.
 DELAY = 0.5
@@ -42,7 +44,7 @@ def log_line(logs: dict[str, Any], state: TrainerState) -> str:
         parts = [
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in own.items()
         ]
-    return " · ".join(part for part in parts if part)
+    return printable(" · ".join(part for part in parts if part))
 
 
 def _counts(logs: dict[str, Any]) -> str:
@@ -73,7 +75,7 @@ class FitProgress(ProgressCallback):
     """Trainer's progress bar."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None:
+        if state.is_world_process_zero and self.training_bar is not None and logs is not None:
             self.training_bar.write(log_line(logs, state))
 
 
@@ -83,6 +85,14 @@ class FitPrinter(PrinterCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_local_process_zero and logs is not None:
             print(log_line(logs, state))
+
+
+def close_bars(trainer: Trainer) -> None:
+    """Ends the lines of the bars of a fit that has failed, so that what comes next is on a line of its own."""
+    for callback in trainer.callback_handler.callbacks:
+        for bar in (getattr(callback, "training_bar", None), getattr(callback, "prediction_bar", None)):
+            if bar is not None:
+                bar.close()
 
 
 OURS: dict[type[TrainerCallback], type[TrainerCallback]] = {ProgressCallback: FitProgress, PrinterCallback: FitPrinter}

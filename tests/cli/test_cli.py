@@ -257,11 +257,11 @@ def test_fit_to_a_file_of_completions(world, tmp_path):
 
 def test_rollouts_that_do_not_go_with_other_options(world, sampled, tmp_path):
     options = rollout_options(world, sampled / "_rollouts", tmp_path)
-    assert "--estimator mis" in error_line(run(*options, "--estimator", "bsmd"))
+    assert "--estimator mis" in error_line(run(*options, "--estimator", "bsmd"), 2)
     options += ROLLOUT_FIT
-    assert "Leave out --dataset" in error_line(run(*options, "--dataset", world / "prompts.jsonl"))
-    assert "Leave out --dataset_streaming" in error_line(run(*options, "--dataset_streaming", "true"))
-    assert "--eval_dataset" in error_line(run(*options, "--eval_strategy", "steps"))
+    assert "Leave out --dataset" in error_line(run(*options, "--dataset", world / "prompts.jsonl"), 2)
+    assert "Leave out --dataset_streaming" in error_line(run(*options, "--dataset_streaming", "true"), 2)
+    assert "--eval_dataset" in error_line(run(*options, "--eval_strategy", "steps"), 2)
     assert "no rollouts" in error_line(run(*rollout_options(world, sampled, tmp_path, *ROLLOUT_FIT)))
 
 
@@ -281,8 +281,7 @@ def test_fit_goes_on_from_a_checkpoint(world, fitted, tmp_path):
 
 def test_fit_evaluates(world, tmp_path):
     options = ["--eval_strategy", "steps", "--eval_steps", 1, "--per_device_eval_batch_size", 8]
-    line = error_line(run(*fit_options(world, tmp_path), *options))
-    assert "--eval_dataset" in line
+    assert "--eval_dataset" in error_line(run(*fit_options(world, tmp_path), *options), 2)
     prompts = world / "prompts.jsonl"
     status, out, err = run(*fit_options(world, tmp_path, steps=1), *options, "--eval_dataset", prompts)
     assert status == 0, err
@@ -292,8 +291,8 @@ def test_fit_evaluates(world, tmp_path):
 
 def test_options_that_would_do_nothing_are_told(world, sampled, tmp_path, caplog):
     options = fit_options(world, tmp_path / "mix", steps=1)
-    assert "without --eval_strategy" in error_line(run(*options, "--eval_dataset", world / "prompts.jsonl"))
-    assert "`step_scale=1.0` has no effect" in error_line(run(*options, "--step_scale", 1))
+    assert "without --eval_strategy" in error_line(run(*options, "--eval_dataset", world / "prompts.jsonl"), 2)
+    assert "--step_scale 1.0 has no effect: --estimator mis goes" in error_line(run(*options, "--step_scale", 1), 2)
     assert run(*options, "--weights", 0.4, 0.6, "--objective", "reward", "--proposal", "mixture")[0] == 0
     assert "--weights has no effect" not in caplog.text
     weights = ["--weights", 0.4, 0.6, "--objective", "reward"]
@@ -320,25 +319,38 @@ def test_fit_reads_prompts_of_many_kinds(world, tmp_path, suffix):
     assert status == 0, err
 
 
+# Options, what the message mentions, and the exit status: 2 for options that make no sense.
 MISTAKES = {
-    "no such policy": (["--policies", "nowhere/a", "nowhere/b"], "nowhere/a"),
-    "no such file of prompts": (["--dataset", "missing.jsonl"], "missing.jsonl"),
-    "too few rewards": (["--rewards", "my_rewards.py:count_c"], "2 policies"),
-    "no such function": (["--rewards", "os:missing", "os:missing"], "'missing'"),
-    "no function": (["--rewards", "my_rewards.py:number", "my_rewards.py:number"], "'number'"),
-    "no such file of rewards": (["--rewards", "other.py:count_c", "other.py:count_c"], "other.py"),
-    "no such module": (["--rewards", "no_such_module:f", "no_such_module:f"], "no_such_module"),
-    "one completion a prompt": (["--num_generations", "1"], "num_generations"),
-    "reward that raises": (["--rewards", "my_rewards.py:broken", "my_rewards.py:broken"], "no such thing"),
-    "weights off the simplex": (["--weights", "0.5", "0.6"], "sum"),
+    "no such policy": (["--policies", "nowhere/a", "nowhere/b"], "nowhere/a", 1),
+    "no such file of prompts": (["--dataset", "missing.jsonl"], "missing.jsonl", 1),
+    "too few rewards": (["--rewards", "my_rewards.py:count_c"], "2 policies", 2),
+    "no such function": (["--rewards", "os:missing", "os:missing"], "'missing'", 2),
+    "no function": (["--rewards", "my_rewards.py:number", "my_rewards.py:number"], "It has count_c, count_b", 2),
+    "function forgotten": (["--rewards", "my_rewards.py", "my_rewards.py"], "count_c, count_b, broken", 2),
+    "no such file of rewards": (["--rewards", "other.py:count_c", "other.py:count_c"], "other.py", 1),
+    "no such module": (["--rewards", "no_such_module:f", "no_such_module:f"], "no_such_module", 1),
+    "rewards in a table": (["--rewards", "prompts.jsonl", "prompts.jsonl"], "neither Python code", 2),
+    "one completion a prompt": (["--num_generations", "1"], "--num_generations must be at least 2", 2),
+    "reward that raises": (["--rewards", "my_rewards.py:broken", "my_rewards.py:broken"], "no such thing", 1),
+    "weights off the simplex": (["--weights", "0.5", "0.6"], "sum", 1),
+    "no such type": (["--dtype", "bf32"], "--dtype must name", 2),
+    "no such reporter": (["--report_to", "paper"], "--report_to: paper", 2),
+    "reporter that is not installed": (["--report_to", "dvclive"], "--report_to dvclive", 1),
+    "no checkpoint yet": (["--resume_from_checkpoint", "true"], "no checkpoint", 1),
+    "no such checkpoint": (["--resume_from_checkpoint", "missing"], "--resume_from_checkpoint missing", 1),
+    "file for a folder": (["--output_dir", "my_rewards.py"], "--output_dir", 1),
+    "file of an unknown kind": (["--dataset", "my_rewards.py"], ".jsonl", 1),
+    "no such folder": (["--dataset", "./missing"], "./missing", 1),
+    "one value behind each of two": (["--labels", "a", "--labels", "b"], "--labels is given 2 times", 2),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_told_in_one_line(world, tmp_path, mistake):
-    options, mentioned = MISTAKES[mistake]
-    options = [f"{world}/{option}" if option.startswith(("my_rewards", "other")) else option for option in options]
-    assert mentioned in error_line(run(*fit_options(world, tmp_path), *options))
+    options, mentioned, status = MISTAKES[mistake]
+    files = ("my_rewards", "other", "prompts")
+    options = [f"{world}/{option}" if option.startswith(files) else option for option in options]
+    assert mentioned in error_line(run(*fit_options(world, tmp_path), *options), status)
 
 
 def test_options_that_cannot_be_parsed(world, tmp_path):
@@ -346,7 +358,7 @@ def test_options_that_cannot_be_parsed(world, tmp_path):
     assert "--num_generations" in line
     assert "--max_steps" in error_line(run(*fit_options(world, tmp_path), "--max_steps", "many"), 2)
     assert "--config" in error_line(run("fit", "--config"), 2)
-    assert "--policies" in error_line(run("fit"))
+    assert "--policies" in error_line(run("fit"), 2)
     assert "--model" in error_line(run("generate"), 2)
     assert run("fitt")[0] == 2
 
@@ -376,7 +388,8 @@ def test_mistakes_in_yaml(world, tmp_path):
         ({"ensemble": [model, model], "aggregation": "uncertainty"}, "coefficient"),
     ]:
         path.write_text(yaml.safe_dump({"rewards": [reward]}))
-        assert mentioned in error_line(run("fit", *options))
+        status = 2 if mentioned == "'missing'" else 1
+        assert mentioned in error_line(run("fit", *options), status)
 
 
 def test_debug_shows_where(world):
@@ -451,7 +464,7 @@ def test_generate_applies_the_chat_template(world):
     assert with_system[:2] == (0, completion_of(world / "mix", "d e b c", 6) + "\n")
     assert run(*options, "--raw")[1] == completion_of(world / "mix", "b c", 6) + "\n"
     options[2] = world / "mix"
-    assert "--system" in error_line(run(*options, "--system", "d e"))
+    assert "--system" in error_line(run(*options, "--system", "d e"), 2)
 
 
 def test_mistakes_in_generation(world):
@@ -459,7 +472,7 @@ def test_mistakes_in_generation(world):
     assert "sum" in error_line(run(*options, "--weights", 0.5, 0.9))
     assert run(*options, "--weights", 1.5, -0.5, "--allow_off_simplex", "--max_new_tokens", 2)[0] == 0
     assert "2 mixture weights" in error_line(run(*options, "--weights", 1))
-    assert "--temperature" in error_line(run(*options, "--temperature", -1))
+    assert "--temperature" in error_line(run(*options, "--temperature", -1), 2)
     assert "nowhere" in error_line(run("generate", "--model", "nowhere", "--prompt", "b"))
 
 
