@@ -1,6 +1,7 @@
 """Checks of options that would fail late, after models have been opened."""
 
 import os
+import socket
 
 import torch
 from transformers.integrations import get_reporting_integration_callbacks
@@ -67,3 +68,18 @@ def check_folder(args: MPOConfig, resume: str | bool | None) -> None:
             f"The folder {folder!r} holds the completions of an earlier fit. Go on with it by --resume_from_checkpoint true, "
             f"fit to them by --rollouts {store}, or choose another --output_dir."
         )
+
+
+def check_address(host: str, port: str) -> None:
+    """Refuses the address of a server that another program listens on, before a mixture is loaded."""
+    if not port.isdigit() or not 0 <= int(port) < 2**16:
+        raise UsageError(f"--port must be a number from 0 to {2**16 - 1}, got {port!r}.")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as err:
+        raise OSError(
+            f"The server cannot listen on {host}, port {port}: {err.strerror}. Choose another --port, or another --host."
+        ) from err

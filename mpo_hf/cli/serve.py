@@ -36,10 +36,23 @@ def run(argv: Sequence[str]) -> None:
     from transformers.utils.import_utils import is_serve_available
 
     from ..mixture.modeling_mixture import MixturePolicyModel
+    from .early_checks import check_address
+    from .serve_requests import answer_client_errors
 
     argv = ["--help" if argument == "--help_all" else argument for argument in argv]
-    if "--help" not in argv and not is_serve_available():
-        raise ValueError('`mpo-hf serve` needs a web server: `pip install "transformers[serving]"`.')
+    if "--help" not in argv:
+        if not is_serve_available():
+            raise ValueError('`mpo-hf serve` needs a web server: `pip install "transformers[serving]"`.')
+        from transformers.cli.serving import server
+
+        check_address(_value(argv, "--host") or "localhost", _value(argv, "--port") or "8000")
+        server.build_server = answer_client_errors(server.build_server)
     # the server looks up the class that a config names in the package of Transformers only
     transformers.MixturePolicyModel = MixturePolicyModel
     app(["serve", *argv], prog_name="mpo-hf")
+
+
+def _value(argv: Sequence[str], option: str) -> str | None:
+    """The value of an option of `transformers serve`."""
+    parts = [part for argument in argv for part in argument.split("=", 1)]
+    return parts[parts.index(option) + 1] if option in parts[:-1] else None
