@@ -187,7 +187,12 @@ def _guarded(handle: Callable[..., Awaitable[Any]], needed: str) -> Callable[...
 
     def answer(status: int, message: Any) -> JSONResponse:
         """An error in the form that clients of OpenAI look for."""
-        error = {"message": " ".join(str(message).split()), "type": "invalid_request_error", "param": None, "code": None}
+        error = {
+            "message": " ".join(str(message).split()),
+            "type": "invalid_request_error",
+            "param": None,
+            "code": None,
+        }
         return JSONResponse({"error": error}, status)
 
     async def guarded(body: dict[str, Any], request_id: str) -> Any:

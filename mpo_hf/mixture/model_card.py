@@ -1,8 +1,11 @@
 """The model card of a mixture."""
 
+import json
 import os
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
+from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -48,8 +51,8 @@ LOADING = """## How to load it
 import mpo_hf  # registers the mixture with Transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained({name})
+tokenizer = AutoTokenizer.from_pretrained({name})
 ```"""
 
 LOADING_WITH_CODE = """
@@ -59,18 +62,23 @@ Where `mpo_hf` is not installed, the code in this repository does the same; it n
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained({name}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({name})
 ```"""
+
+# What means something in Markdown, HTML or TeX inside a line. An underscore between letters does not.
+MARKUP = re.compile(r"[\\`*\[\]<>&~$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.")
 
 # Licenses by repository or folder; its subfolders share one card.
 Licenses = dict[Location, License | None]
+# Mean rewards by policy and objective; a pair is a mean and its standard error.
+Rewards = Mapping[str, Mapping[str, float | tuple[float, float]]]
 
 
 def create_model_card(
     config: MixturePolicyConfig,
     name: str,
-    rewards: Mapping[str, Mapping[str, float | tuple[float, float]]] | None = None,
+    rewards: Rewards | None = None,
     plot: str | None = None,
     note: str | None = None,
     with_code: bool = False,
@@ -109,9 +117,11 @@ def create_model_card(
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE,
-        name=name,
+        name=escaped(name),
         count=len(config.components),
-        policies=_section("policies", f"{_holds(config, name)}\n\n{_component_table(config, name, licenses)}"),
+        policies=_section(
+            "policies", f"{_holds(config, name)}\n\n{_component_table(config, name, licenses, rewards)}"
+        ),
         loading=_section("loading", _loading(config, name, with_code)),
         fit=_fit_section(config, rewards, plot, note),
         citation=CITATION,
@@ -126,8 +136,10 @@ def update_model_card(card: ModelCard, current: ModelCard) -> None:
         card (`ModelCard`): the card. Text by its author is kept.
         current (`ModelCard`): the card of the mixture as it is now, as [`create_model_card`] makes it.
     """
+    _rename(card, current)
+    _keep_names(card, current)
     for name in ("policies", "loading"):
-        section = re.compile(SECTION.format(name=name, text=".*?"), re.DOTALL)
+        section = _section_of(name)
         text = section.search(current.text)[0]
         card.text = section.sub(lambda _, text=text: text, card.text)
     for name, value in vars(current.data).items():
@@ -137,10 +149,62 @@ def update_model_card(card: ModelCard, current: ModelCard) -> None:
     add_tags(card, current.data.tags)
 
 
+def _section_of(name: str) -> re.Pattern:
+    return re.compile(SECTION.format(name=name, text=".*?"), re.DOTALL)
+
+
+def _rename(card: ModelCard, current: ModelCard) -> None:
+    """Replaces the name of a folder in the title, if it is there still, by that of the repository."""
+    loaded = re.compile(r'from_pretrained\(("(?:[^"\\]|\\.)*")')
+    names = [loaded.search(text) for text in (card.text, current.text)]
+    before, after = (f"# {escaped(json.loads(found[1]))}" if found else None for found in names)
+    if before and after:
+        card.text = re.sub(f"^{re.escape(before)}$", lambda _: after, card.text, count=1, flags=re.MULTILINE)
+
+
+def _keep_names(card: ModelCard, current: ModelCard) -> None:
+    """Keeps the names that a fit has given to components without labels."""
+    row = re.compile(r"^\| (.*?)(?= \| \d\.\d{4} \|)", re.MULTILINE)
+    section = _section_of("policies")
+    sections = [section.search(text) for text in (card.text, current.text)]
+    if not all(sections):
+        return
+    known, text = row.findall(sections[0][0]), sections[1][0]
+    if len(known) == len(row.findall(text)):
+        names = iter(enumerate(known))
+
+        def named(found: re.Match) -> str:
+            k, name = next(names)
+            return f"| {name}" if found[1] == f"policy_{k}" else found[0]
+
+        current.text = current.text.replace(text, row.sub(named, text))
+
+
 def add_tags(card: ModelCard, tags: list[str]) -> None:
     """Adds tags to a card that does not have them yet."""
     known = card.data.tags or []
     card.data.tags = known + [tag for tag in tags if tag not in known] or None
+
+
+def escaped(text: str) -> str:
+    """
+    A name by somebody else, in a line of Markdown: as it is written, whatever it would mean as Markdown, HTML or TeX.
+
+    Args:
+        text (`str`): a label, a revision, the name of a license or of a folder.
+    """
+    text = " ".join(text.split())
+    hidden = (
+        "Cc",
+        "Cf",
+        "Cs",
+        "Zl",
+        "Zp",
+    )  # control characters, also those that have no width or change the direction
+    text = "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in hidden else char for char in text
+    )
+    return MARKUP.sub(lambda found: f"&#{ord(found[0])};", text)
 
 
 def pictures_of(card: ModelCard) -> list[str]:
@@ -213,6 +277,7 @@ def _holds(config: MixturePolicyConfig, name: str) -> str:
 
 
 def _loading(config: MixturePolicyConfig, name: str, with_code: bool) -> str:
+    name = json.dumps(name, ensure_ascii=False)  # in quotation marks, as Python writes it too
     text = LOADING.format(name=name)
     if with_code:
         adapters = any(component.adapter for component in config.components)
@@ -226,10 +291,19 @@ def _is_inside(path: str, name: str) -> bool:
     return path.startswith("./") or path == name
 
 
-def _component_table(config: MixturePolicyConfig, name: str, licenses: Licenses) -> str:
+def _labels(config: MixturePolicyConfig, objectives: Sequence[str]) -> list[str]:
+    """Names of the components: their labels, or those of the objectives that a fit was for."""
+    known = [*objectives, *config.labels[len(objectives) :]]
+    return [component.label or name for component, name in zip(config.components, known)]
+
+
+def _component_table(
+    config: MixturePolicyConfig, name: str, licenses: Licenses, rewards: Rewards | None = None
+) -> str:
     rows = [["objective", "weight", "policy", "revision", "license"], ["---"] * 5]
-    for label, weight, component in zip(config.labels, config.mixture_weights, config.components):
-        rows.append([label, f"{weight:.4f}", *_component_cells(component, name, licenses)])
+    labels = _labels(config, _objectives(rewards))
+    for label, weight, component in zip(labels, config.mixture_weights, config.components):
+        rows.append([escaped(label), f"{weight:.4f}", *_component_cells(component, name, licenses)])
     if config.reference is not None:
         rows.append(["*reference*", "", *_component_cells(config.reference, name, licenses)])
     return _table(rows)
@@ -244,7 +318,7 @@ def _component_cells(component: MixtureComponent, name: str, licenses: Licenses)
             for part in parts
         ],
         revisions if any(revision != "-" for revision in revisions) else ["-"],
-        [str((part and licenses.get(_place_of(part))) or "unknown") for part in parts],
+        [escaped(str((part and licenses.get(_place_of(part))) or "unknown")) for part in parts],
     ]
     return [" over ".join(cell) for cell in cells]
 
@@ -257,38 +331,48 @@ def _table(rows: list[list[str]]) -> str:
 def _link(location: Location) -> str:
     path, subfolder = location.name_or_path, location.subfolder
     # the path of a local folder means nothing to a reader
-    link = f"[{path}](https://huggingface.co/{path})" if is_repo(path) else f"`{os.path.basename(path.rstrip('/'))}`"
-    return f"{link}, `{subfolder}`" if subfolder else link
+    link = f"[{path}](https://huggingface.co/{path})" if is_repo(path) else _code(os.path.basename(path.rstrip("/")))
+    return f"{link}, {_code(subfolder)}" if subfolder else link
+
+
+def _code(text: str) -> str:
+    """A name as code, if nothing in it needs to be escaped, which code does not allow."""
+    return f"`{text}`" if escaped(text) == text else escaped(text)
 
 
 def _revision(location: Location | None) -> str:
     revision = location and location.revision
     if revision is None or not is_repo(location.name_or_path):
-        return revision or "-"
-    short = revision[:7] if COMMIT_HASH.fullmatch(revision) else revision
-    return f"[{short}](https://huggingface.co/{location.name_or_path}/tree/{revision})"
+        return escaped(revision or "-")
+    short = revision[:7] if COMMIT_HASH.fullmatch(revision) else escaped(revision)
+    return f"[{short}](https://huggingface.co/{location.name_or_path}/tree/{quote(revision, safe='')})"
 
 
 def _fit_section(
     config: MixturePolicyConfig,
-    rewards: Mapping[str, Mapping[str, float | tuple[float, float]]] | None,
+    rewards: Rewards | None,
     plot: str | None,
     note: str | None,
 ) -> str:
     if not rewards and not plot:
         return ""
-    weights = ", ".join(f"{label} {w:.4f}" for label, w in zip(config.labels, config.mixture_weights))
+    labels = _labels(config, _objectives(rewards))
+    weights = ", ".join(f"{escaped(label)} {w:.4f}" for label, w in zip(labels, config.mixture_weights))
     lines = ["", "## Rewards and weights"]
     if rewards:
-        names = list(next(iter(rewards.values())))
-        rows = [["mean reward of", *names], ["---"] * (len(names) + 1)]
-        rows += [[policy, *(_mean(values[name]) for name in names)] for policy, values in rewards.items()]
+        names = _objectives(rewards)
+        rows = [["mean reward of", *map(escaped, names)], ["---"] * (len(names) + 1)]
+        rows += [[escaped(policy), *(_mean(values[name]) for name in names)] for policy, values in rewards.items()]
         lines += [*(["", note] if note else []), "", _table(rows)]
     # the weights may be changed later, the rewards stay those of the fit
     lines += ["", f"The weights of the mixture at that time: {weights}."]
     if plot:
         lines += ["", f"![Mixture weights during the fit]({plot})"]
     return "\n".join([*lines, ""])
+
+
+def _objectives(rewards: Rewards | None) -> list[str]:
+    return list(next(iter(rewards.values()))) if rewards else []
 
 
 def _mean(value: float | tuple[float, float]) -> str:

@@ -1,5 +1,6 @@
 """The measurements of a fit, for its model card."""
 
+import dataclasses
 import importlib.util
 import math
 import os
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..estimation import Certificate
+from ..mixture.model_card import escaped
 from .fit_summary import FitSummary, comparison_rows
 from .plots import plot_fit
 
@@ -70,7 +72,9 @@ def measured_rewards(
             if certificate.of_mixture
             else f"the weights are within {bound} of the best ones in the dual\nobjective."
         )
-    errors = ", ".join(f"{name} {error:.4f}" for name, error in zip(objectives, certificate.standard_errors.tolist()))
+    errors = ", ".join(
+        f"{escaped(name)} {error:.4f}" for name, error in zip(objectives, certificate.standard_errors.tolist())
+    )
     return rewards, f"{note} Standard errors of the weights: {errors}.".strip()
 
 
@@ -85,9 +89,17 @@ def compared_rewards(summary: FitSummary) -> tuple[Rewards, str] | None:
         return None
     note = (
         "Mean rewards, estimated from the completions of the fit by importance weights, on prompts of the fit; ± is the\n"
-        "standard error over the prompts. " + "\n".join(summary.lines())
+        "standard error over the prompts. " + "\n".join(_with_escaped_names(summary).lines())
     )
     return comparison_rows(summary.comparisons, summary.objectives), note
+
+
+def _with_escaped_names(summary: FitSummary) -> FitSummary:
+    """The end of a fit with names as a card needs them."""
+    compared = {escaped(name): found for name, found in (summary.comparisons or {}).items()}
+    return dataclasses.replace(
+        summary, objectives=[escaped(name) for name in summary.objectives], comparisons=compared
+    )
 
 
 def _sampled_rewards(log_history: Sequence[dict[str, Any]], origin: str, is_given: bool) -> tuple[Rewards, str]:

@@ -4,6 +4,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..text_table import printable
+
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,10 +41,21 @@ def make_figure(log_history: Sequence[dict[str, Any]], title: str) -> "Figure":
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (prefix, name) in zip(axes, panels.items()):
         for key in [key for key in steps[0] if key.startswith(prefix)]:
-            axis.plot([e["step"] for e in steps], [e[key] for e in steps], label=key.removeprefix(prefix), linewidth=2)
+            axis.plot(
+                [e["step"] for e in steps],
+                [e[key] for e in steps],
+                label=_plain(key.removeprefix(prefix)),
+                linewidth=2,
+            )
         axis.set_ylabel(name)
         axis.grid(alpha=0.3)
-    axes[0].set_title(title)
+    axes[0].set_title(_plain(title))
     axes[0].legend(loc="best")
     axes[-1].set_xlabel("step")
     return figure
+
+
+def _plain(text: str) -> str:
+    """A name as it is written: Matplotlib reads what is between dollar signs as TeX, and hides labels that begin with `_`."""
+    text = printable(text).replace("$", r"\$")
+    return f"\u200a{text}" if text.startswith("_") else text

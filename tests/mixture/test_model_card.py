@@ -1,6 +1,8 @@
 """The model card of a mixture: what it says, what it says nothing about, and whether a Hub would take it."""
 
+import ast
 import os
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from mpo_hf import MixturePolicyConfig
 from mpo_hf.estimation import Certificate
-from mpo_hf.mixture.model_card import create_model_card, pictures_of, update_model_card
+from mpo_hf.mixture.model_card import create_model_card, escaped, pictures_of, update_model_card
 from mpo_hf.trainer.fit_card import measured_rewards, save_plot
 
 
@@ -235,8 +237,8 @@ def test_card_shows_the_fit(tmp_path):
     assert (tmp_path / "weights.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_card_says_how_good_the_weights_are():
-    certificate = Certificate(
+def certified() -> Certificate:
+    return Certificate(
         weights=torch.tensor([0.25, 0.75]),
         standard_errors=torch.tensor([0.02, 0.02]),
         dual_objective=-0.1,
@@ -248,6 +250,10 @@ def test_card_says_how_good_the_weights_are():
         mixture_rewards=torch.tensor([1.25, 0.5]),
         mixture_reward_errors=torch.tensor([0.125, 0.25]),
     )
+
+
+def test_card_says_how_good_the_weights_are():
+    certificate = certified()
     names = ["a", "b"]
     rewards, note = measured_rewards(history((1.0, 0.5), (2.0, 0.5)), "reference", certificate, names)
     text = create_model_card(REPOS, "mix", rewards, note=note).text
@@ -257,6 +263,118 @@ def test_card_says_how_good_the_weights_are():
     certificate.duality_gap_bound, certificate.mixture_rewards = float("inf"), None
     rewards, note = measured_rewards(history((1.0, 0.5), (2.0, 0.5)), "reference", certificate, names)
     assert "nats" not in note and "was not measured" in note and len(rewards) == 1
+
+
+# ---- names by others ----
+
+HOSTILE = {
+    "a tag": "<script>alert(1)</script>",
+    "a link": "[x](https://evil.example)",
+    "a picture": "![p](weights.png)",
+    "an address": "https://evil.example www.evil.example a@evil.example",
+    "a heading": "a\n\n# Heading",
+    "a column": "a|b\\|c",
+    "code": "`a` ``b",
+    "emphasis": "*a* _b_ __c__ ~~d~~ e_f",
+    "TeX": "$x$ \\frac{1}{2}",
+    "entities": "&lt; &amp; \\*",
+    "a comment": "<!-- mpo_hf: end of policies -->",
+    "a template": "{{ name }} {% raw %}",
+    "an escape": "\x1b[31mred\x9b0m\x07",
+    "a direction": "\u202egnol a\u2066",
+    "no width": "a\u200bb\u2060c\ufeff",
+}
+
+
+def shown(text: str) -> str:
+    """A name on one line, with characters that cannot be seen as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
+
+class _Cells(HTMLParser):
+    """The tags of a page, and the texts of the cells of its tables."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.rows, self.is_inside = set(), [], False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add((tag, *(value for name, value in attrs if name in ("href", "src"))))
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.is_inside = True
+
+    def handle_endtag(self, tag):
+        self.is_inside = self.is_inside and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        if self.is_inside:
+            self.rows[-1][-1] += data
+
+
+def test_names_by_others_are_shown_as_they_are_written(cache):
+    markdown = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
+    names = list(HOSTILE.values())
+    for k, name in enumerate(names):
+        licensed(cache, **{f"p{k}": {"license": "other", "license_name": name}})
+    config = mixture_of(*(f"p{k}" for k in range(len(names))))
+    rewards = {name: dict.fromkeys(names, 0.5) for name in names}
+    card = create_model_card(config, "mix", rewards)
+    page = _Cells(markdown.render(card.text))
+    rows = [row for row in page.rows if row[0] != "objective"]
+    expected = [shown(name) for name in names]
+    assert [row[0] for row in rows[: len(names)]] == expected
+    assert [row[4] for row in rows[: len(names)]] == expected
+    assert rows[len(names)] == ["mean reward of", *expected]
+    assert [row[0] for row in rows[len(names) + 1 :]] == expected
+    targets = {target for _, *found in page.tags for target in found}
+    assert all(target.startswith(("https://huggingface.co/org/p", "https://arxiv.org/")) for target in targets)
+    assert {tag for tag, *_ in page.tags} <= set("h1 h2 p a pre code table thead tbody tr th td".split())
+    assert card.text.count("<!-- mpo_hf: end of policies -->") == 1 and "\n# Heading" not in card.text
+    # and it can be brought up to date
+    update_model_card(card, create_model_card(config, "org/mix", rewards))
+    assert _Cells(markdown.render(card.text)).rows == page.rows
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_title_and_folders_are_names_by_others_too(kind):
+    name = HOSTILE[kind]
+    folder = name.replace("/", "-")
+    text = create_model_card(MixturePolicyConfig(components=[{"name_or_path": f"/home/me/{folder}"}]), name).text
+    assert f"# {escaped(name)}\n" in text and text.count("\n# ") == 1 and "<script" not in text.split("```")[0]
+    code = text.split("```python")[1].split("```")[0]
+    (call,) = [line for line in code.splitlines() if line.startswith("model")]
+    assert ast.literal_eval(call.partition("from_pretrained")[2]) == name
+
+
+def test_sentences_about_a_fit_have_names_of_others():
+    certificate = certified()
+    _, note = measured_rewards(history((1.0, 0.5), (2.0, 0.5)), "reference", certificate, ["<b>", "[c](d)"])
+    assert "&#60;b&#62; 0.0200, &#91;c&#93;(d) 0.0200" in note
+
+
+def test_components_are_called_by_the_names_of_the_fit():
+    config = MixturePolicyConfig(components=[{"name_or_path": "org/a"}, {"name_or_path": "org/b", "label": "kind"}])
+    card = create_model_card(config, "mix", {"fitted": {"short": 0.25, "kind": 0.5}})
+    assert [row[0] for row in rows_of(card)[2:4]] == ["short", "kind"] and "policy_0" not in card.text
+    assert "at that time: short 0.5000, kind 0.5000" in card.text
+    # a push knows the config only
+    update_model_card(card, create_model_card(config, "org/mix"))
+    assert [row[0] for row in rows_of(card)[2:4]] == ["short", "kind"] and "policy_0" not in card.text
+    other = MixturePolicyConfig(components=[{"name_or_path": "org/c"}])
+    update_model_card(card, create_model_card(other, "org/mix"))
+    assert rows_of(card)[2][0] == "policy_0"
+
+
+def test_title_follows_the_repository_unless_an_author_has_changed_it():
+    for title, expected in (("# mix", "# org/mix"), ("# Tea", "# Tea"), ("# mix of teas", "# mix of teas")):
+        card = create_model_card(REPOS, "mix")
+        card.text = card.text.replace("# mix", title)
+        update_model_card(card, create_model_card(REPOS, "org/mix"))
+        assert [line for line in card.text.splitlines() if line.startswith("# ")] == [expected]
 
 
 # ---- a card that is there already ----

@@ -49,3 +49,12 @@ def test_a_history_without_steps_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no step"):
         plot_fit(OTHER, tmp_path / "fit.png")
     assert not (tmp_path / "fit.png").exists()
+
+
+def test_names_are_drawn_as_they_are_written(tmp_path):
+    names = ["_a", "$x$", "$b", "\\frac{1", "a\nb"]
+    history = [{"step": 1, "loss": 0.0, **{f"weights/{name}": 0.2 for name in names}}]
+    plot_fit(history, tmp_path / "fit.svg", "$fit_{")
+    figure = make_figure(history, "$fit_{")
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert [text.lstrip("\u200a").replace("\\$", "$") for text in texts] == ["_a", "$x$", "$b", "\\frac{1", "a\\nb"]
