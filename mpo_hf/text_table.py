@@ -51,7 +51,9 @@ def printable(text: str, is_name: bool = True) -> str:
     hidden = ("Cc", "Cf", "Cs", "Zl", "Zp") if is_name else ("Cc", "Cs")
     kept = "" if is_name else "\n\t"
     return "".join(
-        char if char in kept or unicodedata.category(char) not in hidden else char.encode("unicode_escape").decode()
+        char
+        if char in kept or unicodedata.category(char) not in hidden
+        else str(char.encode("unicode_escape"), "ascii")
         for char in text
     )
 

@@ -58,7 +58,6 @@ HUB = " ".join({*HUB_KWARGS, "revision", "subfolder"} - {"trust_remote_code"})
 # What classes of ours have in place of what their bases in other libraries have, or ask for by name; also fields that are set
 # on `self` for these.
 OVERRIDDEN = {
-    "CommandParser": "set_defaults_with_config",
     "ComponentCacheView": "update",
     "FitArguments": "dataset_name",
     "FitPrinter": "on_log",
@@ -67,8 +66,9 @@ OVERRIDDEN = {
     "JoinedView": "update",
     "MPOConfig": "learning_rate logging_steps lr_scheduler_type max_grad_norm max_steps per_device_eval_batch_size "
     "per_device_train_batch_size remove_unused_columns save_steps save_total_limit",
-    "MPOTrainer": "accelerator args compute_loss create_model_card create_optimizer evaluation_loop floating_point_ops get_eval_dataloader "
-    "get_test_dataloader get_train_dataloader log model model_accepts_loss_kwargs optimizer prediction_step push_to_hub save_model train",
+    "MPOTrainer": "accelerator args compute_loss create_model_card create_optimizer evaluation_loop floating_point_ops "
+    "get_eval_dataloader get_test_dataloader get_train_dataloader init_hf_repo log model model_accepts_loss_kwargs "
+    "optimizer prediction_step push_to_hub save_model train",
     "MixtureGenerationMixin": "create_masks_for_generate init_continuous_batching prepare_inputs_for_generation",
     "MixtureLogitsProcessor": "supports_continuous_batching",
     "MixturePolicyConfig": "from_dict hidden_size layer_types max_position_embeddings model_type num_attention_heads "
@@ -80,6 +80,7 @@ OVERRIDDEN = {
     "set_input_embeddings supports_gradient_checkpointing to train",
     "StackedCacheView": "update",
     "_FitState": "state",
+    "_Streamer": "on_finalized_text",
     "_MirrorDescentCallback": "on_epoch_begin on_optimizer_step on_pre_optimizer_step on_train_begin on_train_end",
 }
 # Functions that methods of ours take the place of, where no base class has a method of the name.
@@ -101,7 +102,7 @@ OWN_ARGUMENTS = {
 # Names that are read of objects which the reader cannot follow, by their class.
 READ = {
     "accelerate.Accelerator": "is_main_process num_processes process_index sync_gradients wait_for_everyone",
-    "datasets.Dataset": "add_column iter remove_columns with_format",
+    "datasets.Dataset": "add_column iter remove_columns rename_column to_iterable_dataset with_format",
     "peft.PeftConfig": "base_model_name_or_path is_prompt_learning peft_type task_type trainable_token_indices",
     "peft.PeftModel": "active_adapter disable_adapter get_base_model load_adapter peft_config set_adapter unload",
     "peft.tuners.tuners_utils.BaseTuner": "disable_adapter_layers enable_adapter_layers",
@@ -152,7 +153,7 @@ MENTIONED = {
     "transformers.utils.hub.cached_files": f"_raise_exceptions_for_missing_entries {HUB}",
 }
 # Names that are not theirs, nor defined in code: arguments, options, variables of a template, metadata that the Hub reads.
-OURS = "base_model_relation citation component_kwargs count debug fit loading name policies prune_below"
+OURS = "base_model_relation citation component_kwargs count debug fit loading name policies prune_below reconfigure"
 
 # Inputs that components are run with, and which of them some have not. Those of `IN_KWARGS` decorators of Transformers know.
 FORWARD = f"attention_mask input_ids logits_to_keep position_ids use_cache {CACHE_NAME}"

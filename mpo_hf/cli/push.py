@@ -28,6 +28,9 @@ class PushArguments:
     revision: str | None = field(default=None, metadata={"help": "Branch to push to."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of a commit."})
     commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python code in the repos of the mixture's components and tokenizer."}
+    )
 
 
 EXAMPLES = """
@@ -45,7 +48,7 @@ def make_parser() -> CommandParser:
         description="Shares a mixture on the Hub: its config, with every policy pinned to a commit, a model card and the "
         "tokenizer. Policies are not uploaded. Log in by `hf auth login`, or set HF_TOKEN.",
         sections={
-            "mixture": ["mixture"],
+            "mixture": ["mixture", "trust_remote_code"],
             "repository": ["repo_id", "private", "revision", "create_pr", "commit_message"],
             "contents": ["pin", "upload_adapters", "with_code"],
         },
@@ -59,7 +62,8 @@ def run(argv: Sequence[str]) -> None:
     """Runs `mpo-hf push`."""
     args, namespace = make_parser().parse(argv)
     with named_in_errors(namespace.mixture):
-        model = MixturePolicyModel.from_pretrained(namespace.mixture, dtype="auto")
+        trusted = {"component_kwargs": {"trust_remote_code": True}} if args.trust_remote_code else {}
+        model = MixturePolicyModel.from_pretrained(namespace.mixture, dtype="auto", **trusted)
     commit = model.push_to_hub(
         args.repo_id,
         private=args.private or None,

@@ -202,7 +202,7 @@ def escaped(text: str) -> str:
         "Zp",
     )  # control characters, also those that have no width or change the direction
     text = "".join(
-        char.encode("unicode_escape").decode() if unicodedata.category(char) in hidden else char for char in text
+        str(char.encode("unicode_escape"), "ascii") if unicodedata.category(char) in hidden else char for char in text
     )
     return MARKUP.sub(lambda found: f"&#{ord(found[0])};", text)
 

@@ -26,6 +26,7 @@ from ..mixture.tokenizer_loading import load_mixture_tokenizer
 from ..rewards import RewardModelSpec, make_reward_functions, normalize_rewards
 from ..rollouts import Completions, eos_token_ids
 from ..rollouts.store import GivenRows, RolloutStore, given_rollouts
+from ..text_table import printable
 from .checkpoints import FIT_STATE, CheckpointResuming
 from .checks import check_arguments, check_mixture, drawn_temperature, set_decoding, use_dtype_of_policies
 from .decoded_estimator import DecodedEstimator
@@ -555,7 +556,7 @@ class _MirrorDescentCallback(TrainerCallback):
         if state.is_world_process_zero and state.global_step:
             unless_it_fails("The completions are not checked", self.trainer.check_expansion)
             lines = unless_it_fails("There is no summary", lambda: self.trainer.summary().lines())
-            print("\n".join(["", *(lines or []), ""]), flush=True)
+            print("\n".join(["", *map(printable, lines or []), ""]), flush=True)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         weights = self.trainer.weights

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitInfo, ModelCard
+from huggingface_hub import CommitInfo, HfApi, ModelCard
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -138,6 +138,14 @@ class MixtureSaving:
             with_code=self.args.hub_with_code or carries_code(self.model),
             token=self.args.hub_token,
         )
+
+    def init_hf_repo(self, token: str | None = None, **kwargs) -> None:
+        """Creates the repo, and the branch `args.hub_revision` in it, before anything is sampled."""
+        super().init_hf_repo(token, **kwargs)
+        branch = self.args.hub_revision
+        if branch is not None and not branch.startswith("refs/") and self.is_world_process_zero():
+            token = token if token is not None else self.args.hub_token
+            HfApi().create_branch(self.hub_model_id, branch=branch, token=token, exist_ok=True)
 
     def push_to_hub(
         self,

@@ -678,3 +678,16 @@ def test_push_refuses_folders(world, shared):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "folders of this machine" in done.stderr
     assert "author/other" not in shared.hub.repos
+
+
+@pytest.mark.slow
+def test_fit_pushes_to_a_branch_that_was_not_there(world, shared, tmp_path):
+    options = [str(option) for option in fit_options(world, tmp_path / "mix", steps=1)]
+    options[options.index("--policies") + 1 : options.index("--rewards")] = ["org/a", "org/b", "--reference", "org/a"]
+    pushing = ["--push_to_hub", "true", "--hub_model_id", "author/branched", "--hub_revision", "v2"]
+    done = run_process(*options, *pushing, env=shared.env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    repo = shared.hub.repos["author/branched"]
+    assert "config.json" in repo.commits[repo.refs["v2"]] and "config.json" not in repo.commits[repo.refs["main"]]
+    card = repo.commits[repo.refs["v2"]]["README.md"].decode()
+    assert "# author/branched\n" in card and "| count_c | " in card and "policy_0" not in card
