@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         module = importlib.import_module(f".{COMMANDS[args.command][0]}", __package__)
         status = module.run(args.arguments) or 0
-        sys.stdout.flush()  # here rather than at the exit, where nobody catches that its reader has gone
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here rather than at the exit, where nobody catches that its reader has gone
         return status
     except KeyboardInterrupt:
         print(file=sys.stderr)

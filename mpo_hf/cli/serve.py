@@ -1,5 +1,6 @@
 """`mpo-hf serve`: `transformers serve` in a process with the classes of mixtures."""
 
+import os
 from collections.abc import Sequence
 
 
@@ -45,6 +46,9 @@ def run(argv: Sequence[str]) -> None:
             raise ValueError('`mpo-hf serve` needs a web server: `pip install "transformers[serving]"`.')
         from transformers.cli.serving import server
 
+        source = argv[0].partition("@")[0] if argv else ""
+        if source.startswith(("/", "./", "../")) and not os.path.isdir(source):
+            raise OSError(f"There is no folder {source!r} to serve.")
         check_address(_value(argv, "--host") or "localhost", _value(argv, "--port") or "8000")
         server.build_server = answer_client_errors(server.build_server)
     # the server looks up the class that a config names in the package of Transformers only
