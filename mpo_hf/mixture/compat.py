@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
+    CacheLayerMixin,
     LinearAttentionCacheLayerMixin,
     get_layer_types_and_kwargs,
 )
@@ -61,8 +62,20 @@ def pick_cache(given: dict[str, Any], caller: str) -> Cache | None:
 
 
 def layer_types_of(config: PreTrainedConfig) -> list[str]:
-    """The kind of cache layer that each layer of a decoder needs, as `DynamicCache` and `StaticCache` determine it."""
-    return get_layer_types_and_kwargs(config)[0]
+    """
+    The kind of each layer of a decoder that has a place in its cache, in the words of a config. Those of caches include
+    others, such as "dummy" for layers without keys of their own, which the checks of configs do not know.
+    """
+    kinds = get_layer_types_and_kwargs(config)[
+        0
+    ]  # before Transformers 5.21 without the layers that share others' keys
+    own = getattr(config, "layer_types", None)
+    return kinds if own is None else list(own)[: len(kinds)]
+
+
+def sharing_modes_of(config: PreTrainedConfig) -> list[str | None]:
+    """For each layer of [`layer_types_of`] whether it shares keys and values: `"store"`, `"reuse"` or `None`."""
+    return getattr(config, "kv_sharing_modes", None) or [None] * len(layer_types_of(config))
 
 
 def has_recurrent_layers(config: PreTrainedConfig) -> bool:
@@ -82,7 +95,7 @@ def starts_anew(model: nn.Module) -> bool:
 
 def is_recurrent(cache: Cache) -> bool:
     """Whether all layers of a cache hold states of fixed size, which do not record how many tokens they have seen."""
-    return bool(cache.layers) and all(cache.is_linear)
+    return any(cache.is_linear) and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
 
 
 def without_peft(model: nn.Module) -> nn.Module:

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import cached_file, is_peft_available, logging
 
 from .compat import CACHE_NAME, cache_name_of, without_peft
+from .component_traits import why_not_decoded
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig
 from .hub_files import (
     ADAPTER_CONFIG,
@@ -430,6 +431,8 @@ def check_decoder(model: nn.Module, name: str) -> None:
             f"`DynamicCache` that its `forward` takes as `{CACHE_NAME}`, and cannot be mixed."
             + (" Mamba can, from Transformers 5.24 on." if "cache_params" in parameters else "")
         )
+    if reason := why_not_decoded(base):
+        raise ValueError(f"The component {name} ({type(base).__name__}) cannot be mixed: it {reason}.")
 
 
 def _no_peft(component: MixtureComponent) -> ImportError:

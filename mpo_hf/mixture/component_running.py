@@ -7,14 +7,23 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .compat import activate_adapter, has_recurrent_layers, recomputes_layers, starts_anew, without_peft
+from .compat import (
+    activate_adapter,
+    has_recurrent_layers,
+    layer_types_of,
+    recomputes_layers,
+    starts_anew,
+    without_peft,
+)
 from .component_loading import PolicyHandle
+from .component_traits import crosses_switch, is_moved_by_padding, starts_with_padding, switch_lengths
 from .configuration_mixture import MixturePolicyConfig
 from .mixture_cache import bind_cache, component_views
 from .mixture_inputs import (
     accepted_inputs,
     copy_to,
     execution_device,
+    forward_parameters,
     positions_by_row,
     positions_from_mask,
     repeat_rows,
@@ -51,7 +60,7 @@ class ComponentRunningMixin:
                 "This cache was made without a config, for attention layers only, and components of this mixture are "
                 "recurrent. Make it from the config: `DynamicCache(config=model.config)`."
             )
-        counts = [decoder.num_hidden_layers for decoder in self.config.decoder_configs]
+        counts = [len(layer_types_of(decoder)) for decoder in self.config.decoder_configs]
         bound = bind_cache(cache, active, counts)
         return bound, component_views(cache, bound, counts)
 
@@ -96,6 +105,8 @@ class ComponentRunningMixin:
         """Yields the logits of the components in order. Components of one stack run when the first of them is due."""
         # adapters and models are checked for changes at every prompt and full pass, not at every step of decoding
         is_step = inputs["input_ids"].shape[1] == 1 and bool(views)
+        if not torch.compiler.is_compiling():
+            self._check_text(active, inputs, views, is_step)
         groups = self._groups(active, inputs, views, check=not is_step)
         backbones = self.backbones
         devices = {k: execution_device(backbones[self.policies[k].backbone]) for k in active}
@@ -111,6 +122,25 @@ class ComponentRunningMixin:
                 yield self._run_policy(k, {**own[devices[k]], "cache": views.get(k)}, extras)
         if views and not is_step and not torch.compiler.is_compiling():
             self._prepare_steps([k for k in active if k not in groups], views, len(inputs["input_ids"]))
+
+    def _check_text(
+        self, active: Sequence[int], inputs: dict[str, Any], views: dict[int, Cache], is_step: bool
+    ) -> None:
+        """Refuses padding, and texts that go on from a cache, which some component would silently read as another text."""
+        mask = inputs["attention_mask"]
+        for k in active:
+            backbone = self.backbones[self.policies[k].backbone]
+            if not is_step and "position_ids" not in forward_parameters(backbone) and starts_with_padding(mask):
+                if is_moved_by_padding(backbone):
+                    raise ValueError(
+                        f"The component {self.config.labels[k]!r} ({type(without_peft(backbone)).__name__}) takes no positions, "
+                        "and reads another text behind padding on the left. Run texts of one length together, or one at a time."
+                    )
+            if views and crosses_switch(backbone, inputs["position_ids"], inputs["input_ids"].shape[1], views[k]):
+                raise ValueError(
+                    f"The component {self.config.labels[k]!r} rotates keys by other frequencies beyond "
+                    f"{sorted(switch_lengths(backbone))} tokens, and those in this cache are shorter. Start from a new cache."
+                )
 
     def _groups(
         self, active: Sequence[int], inputs: dict[str, Any], views: dict[int, Cache], check: bool = True

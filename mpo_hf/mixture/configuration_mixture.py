@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from .compat import layer_types_of
+from .compat import layer_types_of, sharing_modes_of
 from .hub_files import Location
 from .mixture_weights import check_mixture_weights, prune_mixture_weights
 
@@ -21,6 +21,7 @@ __all__ = ["COMPUTED_FIELDS", "MixtureComponent", "MixturePolicyConfig", "prune_
 COMPUTED_FIELDS = (
     "num_hidden_layers",
     "layer_types",
+    "kv_sharing_modes",
     "per_layer_config",
     "hidden_size",
     "num_attention_heads",
@@ -155,7 +156,7 @@ class MixturePolicyConfig(PreTrainedConfig):
     of causal language models.
 
     For `generate()` and its caches it describes one decoder with the layers of all components, one after another:
-    `num_hidden_layers`, `layer_types` and `per_layer_config` are computed from the components.
+    `num_hidden_layers`, `layer_types`, `kv_sharing_modes` and `per_layer_config` are computed from the components.
 
     Args:
         components (`list[dict]` or `list[MixtureComponent]`, *optional*):
@@ -327,15 +328,23 @@ class MixturePolicyConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        return sum(config.num_hidden_layers for config in self.decoder_configs)
+        return len(self.layer_types)
 
     @property
     def layer_types(self) -> list[str]:
         return [layer_type for config in self.decoder_configs for layer_type in layer_types_of(config)]
 
     @property
+    def kv_sharing_modes(self) -> list[str | None]:
+        return [mode for config in self.decoder_configs for mode in sharing_modes_of(config)]
+
+    @property
     def per_layer_config(self) -> list[PreTrainedConfig]:
-        return [layer for config in self.decoder_configs for layer in list(config.per_layer_config)]
+        return [
+            layer
+            for config in self.decoder_configs
+            for layer in list(config.per_layer_config)[: len(layer_types_of(config))]
+        ]
 
     @per_layer_config.setter
     def per_layer_config(self, value: Any) -> None:

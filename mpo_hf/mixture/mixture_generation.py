@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
 from .compat import CACHE_NAME, CACHE_NAMES, has_recurrent_layers, pick_cache
+from .component_traits import crosses_switch, switch_lengths
 from .mixture_cache import bind_cache, check_cache, check_room
 from .mixture_inputs import positions_from_mask
 from .mixture_weights import check_mixture_weights, prune_mixture_weights
@@ -195,6 +196,9 @@ class MixtureGenerationMixin(GenerationMixin):
         cache = pick_cache(kwargs, "MixturePolicyModel.prepare_inputs_for_generation")
         if cache is not None:
             kwargs[CACHE_NAME] = cache
+            if self._reads_anew(input_ids, cache, kwargs):
+                cache.reset()
+                kwargs["next_sequence_length"] = None
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         if is_first_iteration:
             inputs["input_ids"] = self._ids_for_all(inputs["input_ids"], kwargs.get("attention_mask"))
@@ -210,6 +214,21 @@ class MixtureGenerationMixin(GenerationMixin):
             inputs["mixture_weights"] = self._weights_for_compiled_code(inputs, cache, is_first_iteration)
             inputs[CACHE_NAME] = prepare_step(cache)
         return inputs
+
+    def _reads_anew(self, input_ids: torch.LongTensor, cache: Cache, inputs: dict[str, Any]) -> bool:
+        """Whether the keys of some component in a cache are rotated by other frequencies than those of the longer text."""
+        if not any(map(switch_lengths, self.backbones)):
+            return False
+        filled = int(cache.get_seq_length())
+        is_chunk = input_ids.shape[1] <= filled
+        new = input_ids.shape[1] if is_chunk else input_ids.shape[1] - filled
+        crossing = any(crosses_switch(model, inputs.get("position_ids"), new, cache) for model in self.backbones)
+        if crossing and is_chunk:
+            raise ValueError(
+                "`prefill_chunk_size`: the prompt grows beyond a length where a component rotates all keys by other "
+                "frequencies, so that it must be read at once. Leave it out."
+            )
+        return crossing
 
     def _weights_for_compiled_code(
         self, inputs: dict[str, Any], cache: Cache, is_first_iteration: bool | None

@@ -15,14 +15,16 @@ from .compat import cache_name_of, without_peft
 # Inputs with a row for each row of the batch.
 ROW_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
-# Names of the arguments of `forward`, by class of model; see `forward_parameters`.
+# Names of the arguments of `forward`, by class of model, and the name of its embedding of positions where that begins with
+# positions for padding; dictionaries, as torch.compile ignores `functools.cache`.
 _PARAMETERS: dict[type, frozenset[str]] = {}
+_POSITION_TABLES: dict[type, str | None] = {}
 
 
 def forward_parameters(model: nn.Module) -> frozenset[str]:
     """Names of the arguments of a model's `forward`, seen through PEFT's wrapper."""
     kind = type(without_peft(model))
-    if kind not in _PARAMETERS:  # a dictionary, as torch.compile ignores `functools.cache`
+    if kind not in _PARAMETERS:
         _PARAMETERS[kind] = frozenset(inspect.signature(kind.forward).parameters)
     return _PARAMETERS[kind]
 
@@ -33,7 +35,29 @@ def accepted_inputs(backbone: nn.Module, inputs: dict[str, Any]) -> dict[str, An
     inputs = {n: v for n, v in inputs.items() if n in accepted or n not in ("position_ids", "logits_to_keep")}
     if "cache" in inputs:
         inputs[cache_name_of(accepted)] = inputs.pop("cache")
+    if inputs.get("position_ids") is not None and (first := first_position(backbone)):
+        inputs["position_ids"] = inputs["position_ids"] + first
     return inputs
+
+
+def first_position(model: nn.Module) -> int:
+    """
+    The position of a text's first token. Models of the RoBERTa family keep those up to the id of the padding token for
+    padding, and count from there where they are given none.
+    """
+    base = without_peft(model)
+    kind = type(base)
+    if kind not in _POSITION_TABLES:
+        _POSITION_TABLES[kind] = next(
+            (
+                name
+                for name, module in base.named_modules()
+                if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+            ),
+            None,
+        )
+    table = _POSITION_TABLES[kind]
+    return 0 if table is None else base.get_submodule(table).padding_idx + 1
 
 
 def positions_from_mask(
