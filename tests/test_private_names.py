@@ -30,6 +30,7 @@ OVERRIDDEN = {
         "_supports_flash_attn",
         "_supports_flex_attn",
         "_supports_sdpa",
+        "_valid_auto_compile_criteria",
         "_validate_generation_mode",
         "_validate_model_kwargs",
     },

@@ -137,7 +137,7 @@ MENTIONED = {
     "transformers.GenerationConfig": "do_sample eos_token_id max_new_tokens pad_token_id temperature top_k",
     "transformers.GenerationConfig.from_pretrained": HUB,
     "transformers.GenerationMixin": "_is_user_defined _mask_length _pad_token_tensor assistant_model assistant_tokenizer "
-    "attention_mask inputs_embeds",
+    "attention_mask hf_quantizer inputs_embeds is_assistant is_compileable next_sequence_length output_modalities",
     "transformers.PreTrainedConfig": f"_commit_hash attn_implementation num_labels {HUB}",
     "transformers.PreTrainedModel": "hf_device_map quantization_config tie_word_embeddings",
     "transformers.PreTrainedModel.from_pretrained": "adapter_kwargs attn_implementation config device_map dtype "
@@ -148,8 +148,14 @@ MENTIONED = {
     "transformers.Trainer": "keys_to_ignore_at_inference",
     "transformers.dynamic_module_utils.custom_object_save": "auto_map",
     "transformers.integrations.peft.PeftAdapterMixin": "_hf_peft_config_loaded peft_config",
+    "transformers.masking_utils.create_causal_mask": "is_causal",
     "transformers.modeling_layers.GradientCheckpointingLayer": "gradient_checkpointing",
+    "transformers.models.bert.modeling_bert.BertLayer": "is_decoder",
+    "transformers.models.gemma3.modeling_gemma3.Gemma3Attention": "use_bidirectional_attention",
+    "transformers.models.llama.modeling_llama.LlamaRotaryEmbedding": "rope_parameters rope_type",
     "transformers.models.mamba.modeling_mamba.MambaMixer": "A_log x_proj",
+    "transformers.models.recurrent_gemma.modeling_recurrent_gemma.RecurrentGemmaRecurrentBlock": "_setup_cache",
+    "transformers.models.roberta.modeling_roberta.RobertaEmbeddings": "padding_idx",
     "transformers.utils.hub.cached_files": f"_raise_exceptions_for_missing_entries {HUB}",
 }
 # Names that are not theirs, nor defined in code: arguments, options, variables of a template, metadata that the Hub reads.

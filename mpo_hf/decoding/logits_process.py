@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from ..mixture.compat import activate_adapter
 from ..mixture.component_loading import Policy
+from ..mixture.component_traits import crosses_switch
 from ..mixture.configuration_mixture import MixtureComponent
 from ..mixture.mixture_weights import check_mixture_weights
 from ..mixture.modeling_mixture import MixturePolicyModel
@@ -257,6 +258,9 @@ class MixtureLogitsProcessor(LogitsProcessor):
             cache.crop(-surplus)
         if rows is not None:
             cache.reorder_cache(rows)
+        positions, new = (tokens != MASKED).long().cumsum(-1) - 1, tokens.shape[1] - kept
+        if any(crosses_switch(model, positions, new, cache) for model in self.others.backbones):
+            return self._new_cache(), 0
         self._prompt_length = prompt_length
         return cache, kept
 

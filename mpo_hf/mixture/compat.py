@@ -16,8 +16,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
     Cache,
     CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
     get_layer_types_and_kwargs,
 )
@@ -82,6 +85,17 @@ def has_recurrent_layers(config: PreTrainedConfig) -> bool:
     """Whether a decoder has layers with a state of fixed size, such as Mamba's, instead of or beside keys and values."""
     kinds = (DYNAMIC_LAYER_TYPE_MAPPING.get(layer_type, object) for layer_type in layer_types_of(config))
     return any(issubclass(kind, LinearAttentionCacheLayerMixin) for kind in kinds)
+
+
+def kinds_without_config(config: PreTrainedConfig) -> set[str]:
+    """The kinds of layers of a decoder that a cache made without its config would not have."""
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, type(None))
+    return {kind for kind in layer_types_of(config) if DYNAMIC_LAYER_TYPE_MAPPING.get(kind, type(None)) not in plain}
+
+
+def kinds_not_static(config: PreTrainedConfig) -> set[str]:
+    """The kinds of layers of a decoder that no static cache has."""
+    return set(get_layer_types_and_kwargs(config)[0]) - STATIC_LAYER_TYPE_MAPPING.keys()
 
 
 def starts_anew(model: nn.Module) -> bool:

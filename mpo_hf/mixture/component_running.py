@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache
 
 from .compat import (
     activate_adapter,
-    has_recurrent_layers,
+    kinds_without_config,
     layer_types_of,
     recomputes_layers,
     starts_anew,
@@ -55,10 +55,10 @@ class ComponentRunningMixin:
 
     def _views(self, cache: Cache, active: Sequence[int]) -> tuple[Sequence[int], dict[int, Cache]]:
         """The components that a cache holds, and the view of each. A new cache is bound to those of `active`."""
-        if not cache.layers and has_recurrent_layers(self.config):
+        if not cache.layers and (kinds := kinds_without_config(self.config)):
             raise ValueError(
-                "This cache was made without a config, for attention layers only, and components of this mixture are "
-                "recurrent. Make it from the config: `DynamicCache(config=model.config)`."
+                "This cache was made without a config, for attention layers only, and components of this mixture have others "
+                f"({', '.join(sorted(kinds))}). Make it from the config: `DynamicCache(config=model.config)`."
             )
         counts = [len(layer_types_of(decoder)) for decoder in self.config.decoder_configs]
         bound = bind_cache(cache, active, counts)
@@ -107,6 +107,9 @@ class ComponentRunningMixin:
         is_step = inputs["input_ids"].shape[1] == 1 and bool(views)
         if not torch.compiler.is_compiling():
             self._check_text(active, inputs, views, is_step)
+        if inputs["position_ids"] is None and (view := next((v for v in views.values() if not v.is_recurrent), None)):
+            # some models would go on from positions that they remember from a text they read before
+            inputs = {**inputs, "position_ids": positions_by_row(inputs["input_ids"], view.get_seq_length())}
         groups = self._groups(active, inputs, views, check=not is_step)
         backbones = self.backbones
         devices = {k: execution_device(backbones[self.policies[k].backbone]) for k in active}
@@ -211,10 +214,9 @@ class ComponentRunningMixin:
         self, members: list[int], stack: nn.Module, inputs: dict[str, Any], views: dict[int, Cache]
     ) -> dict[int, torch.Tensor]:
         """Logits of components that run side by side."""
-        keep, ids = inputs["logits_to_keep"], inputs["input_ids"]
+        keep = inputs["logits_to_keep"]
         if inputs["position_ids"] is None:
-            past = views[members[0]].get_seq_length() if views else 0
-            inputs = {**inputs, "position_ids": positions_by_row(ids, past)}
+            inputs = {**inputs, "position_ids": positions_by_row(inputs["input_ids"])}
         if views:
             inputs = {**inputs, "cache": stack_views([views[k] for k in members])}
         inputs = accepted_inputs(stack, inputs)

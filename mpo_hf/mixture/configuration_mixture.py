@@ -252,8 +252,8 @@ class MixturePolicyConfig(PreTrainedConfig):
         if given := [name for name in COMPUTED_FIELDS if kwargs.pop(name, None) is not None]:
             raise ValueError(f"{given} of a mixture follow from its components, and cannot be set.")
         for name in ("attn_implementation", "experts_implementation"):
-            # None would override what the components have; an empty mapping leaves it as it is
-            kwargs[name] = {} if kwargs.get(name) is None else kwargs[name]
+            # None would override what the components have; an empty mapping for each leaves it, and that of their parts
+            kwargs[name] = dict.fromkeys(self.sub_configs, {}) if kwargs.get(name) is None else kwargs[name]
         super().__init__(**kwargs)
 
     @classmethod

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from .component_loading import (
     ComponentLoader,
@@ -22,7 +23,11 @@ from .component_loading import (
 )
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig
 from .hub_files import Location, file_kwargs, hub_kwargs
+from .mixture_generation import why_endless
 from .mixture_weights import check_mixture_weights
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -75,7 +80,10 @@ def build_mixture(
         vocab_size=_check_vocabulary(loader, entries, reference_entry, vocab_size),
         allow_off_simplex=allow_off_simplex,
     )
-    return _assemble(cls, config, entries, loader, reference_entry and reference_entry.handle)
+    model = _assemble(cls, config, entries, loader, reference_entry and reference_entry.handle)
+    if reason := why_endless(model.generation_config, config.vocab_size):
+        logger.warning(reason)
+    return model
 
 
 def read_mixture_config(
@@ -129,6 +137,8 @@ def load_mixture(cls, folder: str, config: MixturePolicyConfig, kwargs: dict[str
     model = _assemble(cls, config, entries, loader, None)
     if generation_config is not None:
         model.generation_config = generation_config
+    if reason := why_endless(model.generation_config, config.vocab_size):
+        logger.warning(reason)
     model.name_or_path = config.name_or_path = folder
     return model
 
@@ -227,9 +237,8 @@ def _assemble(
     config.dtype = loader.backbones[handles[0].backbone].dtype
     attention = {component._attn_implementation for component in config.component_configs}
     if len(attention) == 1:
-        config._attn_implementation = {
-            "": attention.pop()
-        }  # of the mixture only: that of the components, and of their parts, stays
+        # of the mixture only: that of the components, and of their parts, stays
+        config._attn_implementation = {"": attention.pop(), **dict.fromkeys(config.sub_configs, {})}
     model = cls(config, loader.backbones, handles, reference, loader.load_kwargs)
     first = loader.backbones[handles[0].backbone]
     model.generation_config = copy.deepcopy(first.generation_config)

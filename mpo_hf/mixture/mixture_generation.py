@@ -14,7 +14,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
-from .compat import CACHE_NAME, CACHE_NAMES, has_recurrent_layers, pick_cache
+from .compat import CACHE_NAME, CACHE_NAMES, has_recurrent_layers, kinds_not_static, pick_cache, without_peft
 from .component_traits import crosses_switch, switch_lengths
 from .mixture_cache import bind_cache, check_cache, check_room
 from .mixture_inputs import positions_from_mask
@@ -38,6 +38,19 @@ REFUSED_ARGUMENTS = {
     "inputs_embeds": "each component of a mixture has embeddings of its own. Pass `input_ids`",
     "return_dict": "pass `return_dict_in_generate`",
 }
+
+
+def why_endless(generation_config: GenerationConfig, vocab_size: int) -> str | None:
+    """Why no token ends a text, and what to do; `None` where one does, or none is meant to."""
+    ends = generation_config.eos_token_id
+    ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+    if not ends or min(ends) < vocab_size:
+        return None
+    return (
+        f"`eos_token_id={ends}` is beyond the {vocab_size} token ids that all components have in common, so that no text "
+        "would ever end. Name one that they have in common (`model.generation_config.eos_token_id = ...`), or `[]` to "
+        "generate `max_new_tokens`."
+    )
 
 
 class MixtureGenerationMixin(GenerationMixin):
@@ -64,6 +77,9 @@ class MixtureGenerationMixin(GenerationMixin):
         for name, reason in REFUSED_OPTIONS.items():
             if value := getattr(generation_config, name, None):
                 raise ValueError(f"`{name}={value!r}` is not available for a mixture: {reason}.")
+        reason = why_endless(generation_config, self.config.vocab_size)
+        if reason and not generation_config.is_assistant:  # which is told by its target where a text ends
+            raise ValueError(reason)
         self._check_modes(generation_config, has_weights=model_kwargs.get("mixture_weights") is not None)
         return generation_config, model_kwargs
 
@@ -75,6 +91,11 @@ class MixtureGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"`cache_implementation={cache!r}` moves keys and values from an accelerator to the CPU, but this "
                 "mixture runs on the CPU. Leave it out."
+            )
+        if "static" in cache and (kinds := kinds_not_static(self.config)):
+            raise ValueError(
+                f"`cache_implementation={cache!r}`: static caches have no layers of the kinds {sorted(kinds)}, which components "
+                "of this mixture have. Leave it out."
             )
         if generation_config.prefill_chunk_size:
             self._check_chunks(generation_config.prefill_chunk_size)
@@ -107,6 +128,13 @@ class MixtureGenerationMixin(GenerationMixin):
     def _get_static_cache_init_shape(self):
         # states of recurrent components have no heads; their layers are initialized at their first use
         return None if has_recurrent_layers(self.config) else super()._get_static_cache_init_shape()
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
+        # as for each component alone: the kernels of some quantization methods cannot be compiled
+        quantizers = [getattr(without_peft(backbone), "hf_quantizer", None) for backbone in self.backbones]
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config) and all(
+            quantizer is None or quantizer.is_compileable for quantizer in quantizers
+        )
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs) -> None:
         assistant = generation_mode_kwargs.get("assistant_model")
