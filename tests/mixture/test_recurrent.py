@@ -19,12 +19,16 @@ from helpers import (
 )
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
     DynamicCache,
+    FalconH1Config,
     FalconMambaConfig,
+    GraniteMoeHybridConfig,
     JambaConfig,
     Lfm2Config,
     Mamba2Config,
     MambaConfig,
+    OlmoHybridConfig,
     Qwen3NextConfig,
     StaticCache,
     xLSTMConfig,
@@ -162,16 +166,46 @@ HYBRIDS = {
     ),
     "lfm2": (Lfm2Config, {"layer_types": ["conv", "full_attention"]}),
 }
+MAMBA = {"mamba_d_state": 4, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+MORE_HYBRIDS = {
+    "bamba": (BambaConfig, {**MAMBA, "attn_layer_indices": [1]}),
+    "falcon_h1": (FalconH1Config, {**MAMBA, "mamba_d_ssm": 32, "head_dim": 8}),
+    "granite": (
+        GraniteMoeHybridConfig,
+        {**MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
+    "olmo": (
+        OlmoHybridConfig,
+        {
+            **{"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8},
+            **{"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
+        },
+    ),
+}
+
+
+def hybrid(kind: str):
+    config, own = (HYBRIDS | MORE_HYBRIDS)[kind]
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(config(**{**SIZES, **own})).eval()
 
 
 @pytest.mark.parametrize("kind", HYBRIDS)
 @pytest.mark.parametrize("way", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 3}], ids=str)
 def test_padding_is_none_of_the_text_for_layers_of_both_kinds(kind, way):
-    config, own = HYBRIDS[kind]
-    torch.manual_seed(1)
-    policies = [AutoModelForCausalLM.from_config(config(**{**SIZES, **own})).eval(), tiny("llama", 2)]
+    policies = [hybrid(kind), tiny("llama", 2)]
     mixture = MixturePolicyModel.from_policies(policies, WEIGHTS)
     assert generate(mixture, **way) == greedy(policies, WEIGHTS, PROMPTS, STEPS, ends=())
+
+
+@pytest.mark.parametrize("kind", MORE_HYBRIDS)
+def test_padding_in_a_static_cache_is_none_of_the_text(kind):
+    policies = [hybrid(kind), tiny("llama", 2)]
+    mixture = MixturePolicyModel.from_policies(policies, WEIGHTS)
+    static = {"cache_implementation": "static", "max_new_tokens": 4}
+    assert generate(mixture, **static) == greedy(policies, WEIGHTS, PROMPTS, 4, ends=())
+    with pytest.raises(ValueError, match="not supported with stateful models"):
+        generate(mixture, PROMPTS[:1], prompt_lookup_num_tokens=2)
 
 
 FORGETFUL = {
