@@ -81,7 +81,7 @@ def build_mixture(
         allow_off_simplex=allow_off_simplex,
     )
     model = _assemble(cls, config, entries, loader, reference_entry and reference_entry.handle)
-    if reason := why_endless(model.generation_config, config.vocab_size):
+    if reason := why_endless(model.generation_config, config):
         logger.warning(reason)
     return model
 
@@ -137,7 +137,7 @@ def load_mixture(cls, folder: str, config: MixturePolicyConfig, kwargs: dict[str
     model = _assemble(cls, config, entries, loader, None)
     if generation_config is not None:
         model.generation_config = generation_config
-    if reason := why_endless(model.generation_config, config.vocab_size):
+    if reason := why_endless(model.generation_config, config):
         logger.warning(reason)
     model.name_or_path = config.name_or_path = folder
     return model

@@ -16,6 +16,7 @@ from transformers.generation import GenerationMode
 
 from .compat import CACHE_NAME, CACHE_NAMES, has_recurrent_layers, kinds_not_static, pick_cache, without_peft
 from .component_traits import crosses_switch, switch_lengths
+from .configuration_mixture import MixturePolicyConfig
 from .mixture_cache import bind_cache, check_cache, check_room
 from .mixture_inputs import positions_from_mask
 from .mixture_weights import check_mixture_weights, prune_mixture_weights
@@ -40,15 +41,17 @@ REFUSED_ARGUMENTS = {
 }
 
 
-def why_endless(generation_config: GenerationConfig, vocab_size: int) -> str | None:
+def why_endless(generation_config: GenerationConfig, config: MixturePolicyConfig) -> str | None:
     """Why no token ends a text, and what to do; `None` where one does, or none is meant to."""
     ends = generation_config.eos_token_id
     ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
-    if not ends or min(ends) < vocab_size:
+    # an id that not even a component has is how some say that nothing should end a text
+    known = max(decoder.vocab_size for decoder in config.decoder_configs)
+    if not ends or min(ends) < config.vocab_size or min(ends) >= known:
         return None
     return (
-        f"`eos_token_id={ends}` is beyond the {vocab_size} token ids that all components have in common, so that no text "
-        "would ever end. Name one that they have in common (`model.generation_config.eos_token_id = ...`), or `[]` to "
+        f"`eos_token_id={ends}` is beyond the {config.vocab_size} token ids that all components have in common, so that no "
+        "text would ever end. Name one that they have in common (`model.generation_config.eos_token_id = ...`), or `[]` to "
         "generate `max_new_tokens`."
     )
 
@@ -77,7 +80,7 @@ class MixtureGenerationMixin(GenerationMixin):
         for name, reason in REFUSED_OPTIONS.items():
             if value := getattr(generation_config, name, None):
                 raise ValueError(f"`{name}={value!r}` is not available for a mixture: {reason}.")
-        reason = why_endless(generation_config, self.config.vocab_size)
+        reason = why_endless(generation_config, self.config)
         if reason and not generation_config.is_assistant:  # which is told by its target where a text ends
             raise ValueError(reason)
         self._check_modes(generation_config, has_weights=model_kwargs.get("mixture_weights") is not None)

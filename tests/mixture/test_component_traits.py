@@ -341,9 +341,10 @@ def test_a_mixture_that_could_never_end_says_so(caplog):
         mixture = MixturePolicyModel.from_policies(policies, vocab_size=VOCAB)
     assert f"`eos_token_id=[{VOCAB + 3}]` is beyond the {VOCAB} token ids" in caplog.text
     given = {"do_sample": False, "max_new_tokens": 2, "pad_token_id": 0}
-    for ends in ({}, {"eos_token_id": VOCAB}, {"eos_token_id": [VOCAB, VOCAB + 3]}):
+    for ends in ({}, {"eos_token_id": VOCAB}, {"eos_token_id": [VOCAB, 10000]}):
         with pytest.raises(ValueError, match=r"`eos_token_id=\[.*no text would ever end.*`\[\]`"):
             mixture.generate(torch.tensor(PROMPTS[:1]), **given, **ends)
     written = mixture.generate(torch.tensor(PROMPTS[:1]), **given, eos_token_id=[])[0, len(PROMPTS[0]) :].tolist()
     ended = mixture.generate(torch.tensor(PROMPTS[:1]), **given, eos_token_id=[VOCAB + 3, written[0]])
+    assert mixture.generate(torch.tensor(PROMPTS[:1]), **given, eos_token_id=10000)[0, -2:].tolist() == written
     assert len(written) == 2 and ended[0, len(PROMPTS[0]) :].tolist() == written[:1]
