@@ -73,7 +73,10 @@ def layer_types_of(config: PreTrainedConfig) -> list[str]:
         0
     ]  # before Transformers 5.21 without the layers that share others' keys
     own = getattr(config, "layer_types", None)
-    return kinds if own is None else list(own)[: len(kinds)]
+    words = kinds if own is None else list(own)[: len(kinds)]
+    return [
+        "moe" if word == "mlp" else word for word in words
+    ]  # both have no attention, and only one is a config's word
 
 
 def sharing_modes_of(config: PreTrainedConfig) -> list[str | None]:

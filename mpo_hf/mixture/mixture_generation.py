@@ -41,10 +41,14 @@ REFUSED_ARGUMENTS = {
 }
 
 
+def ids_of(tokens: int | list[int] | torch.Tensor | None) -> list[int]:
+    """The ids in a field of a generation config."""
+    return [] if tokens is None else torch.as_tensor(tokens).flatten().tolist()
+
+
 def why_endless(generation_config: GenerationConfig, config: MixturePolicyConfig) -> str | None:
     """Why no token ends a text, and what to do; `None` where one does, or none is meant to."""
-    ends = generation_config.eos_token_id
-    ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+    ends = ids_of(generation_config.eos_token_id)
     # an id that not even a component has is how some say that nothing should end a text
     known = max(decoder.vocab_size for decoder in config.decoder_configs)
     if not ends or min(ends) < config.vocab_size or min(ends) >= known:
@@ -80,11 +84,24 @@ class MixtureGenerationMixin(GenerationMixin):
         for name, reason in REFUSED_OPTIONS.items():
             if value := getattr(generation_config, name, None):
                 raise ValueError(f"`{name}={value!r}` is not available for a mixture: {reason}.")
-        reason = why_endless(generation_config, self.config)
-        if reason and not generation_config.is_assistant:  # which is told by its target where a text ends
-            raise ValueError(reason)
+        self._check_ids(generation_config)
         self._check_modes(generation_config, has_weights=model_kwargs.get("mixture_weights") is not None)
         return generation_config, model_kwargs
+
+    def _check_ids(self, generation_config: GenerationConfig) -> None:
+        """Refuses ids that a text should end with or be forced to, and that not all components have."""
+        reason, size = why_endless(generation_config, self.config), self.config.vocab_size
+        if reason and not generation_config.is_assistant:  # which is told by its target where a text ends
+            raise ValueError(reason)
+        ends = ids_of(generation_config.eos_token_id)
+        if common := [token for token in ends if token < size]:
+            generation_config.eos_token_id = common  # of a copy; the others never come, and are beyond the scores
+        for name in ("forced_bos_token_id", "forced_eos_token_id"):
+            if any(token >= size for token in ids_of(getattr(generation_config, name))):
+                raise ValueError(
+                    f"`{name}={getattr(generation_config, name)}` is beyond the {size} token ids that all components have in "
+                    "common, and cannot be forced. Set it to one that they have, or to `None`."
+                )
 
     def _check_modes(self, generation_config: GenerationConfig, has_weights: bool) -> None:
         cache = generation_config.cache_implementation or ""

@@ -72,7 +72,7 @@ KINDS = {
     "nemotron_h": (  # has layers without any cache
         NemotronHConfig,
         {
-            **{"num_hidden_layers": None, "layers_block_type": ["mamba", "moe", "attention", "mamba"], "head_dim": 8},
+            **{"num_hidden_layers": None, "layers_block_type": ["mamba", "moe", "attention", "mlp"], "head_dim": 8},
             **{"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 1, "chunk_size": 8},
             **{"n_routed_experts": 4, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16},
             "num_experts_per_tok": 2,
@@ -348,3 +348,7 @@ def test_a_mixture_that_could_never_end_says_so(caplog):
     ended = mixture.generate(torch.tensor(PROMPTS[:1]), **given, eos_token_id=[VOCAB + 3, written[0]])
     assert mixture.generate(torch.tensor(PROMPTS[:1]), **given, eos_token_id=10000)[0, -2:].tolist() == written
     assert len(written) == 2 and ended[0, len(PROMPTS[0]) :].tolist() == written[:1]
+    decaying = {"eos_token_id": [written[0], VOCAB + 3], "exponential_decay_length_penalty": (0, 1.1)}
+    assert mixture.generate(torch.tensor(PROMPTS[:1]), **given, **decaying)[0, len(PROMPTS[0])] == written[0]
+    with pytest.raises(ValueError, match=f"`forced_eos_token_id={VOCAB}` is beyond.*or to `None`"):
+        mixture.generate(torch.tensor(PROMPTS[:1]), **given, eos_token_id=[], forced_eos_token_id=VOCAB)
