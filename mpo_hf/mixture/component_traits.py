@@ -57,15 +57,10 @@ def inputs_of_its_own(base: nn.Module) -> str | None:
     """
     if type(base).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
         return None
-    cache, states = DynamicCache(), torch.zeros(1, 1, 2, 1)
+    cache, states = DynamicCache(), torch.zeros(1, 1, 2, 1, device="cpu")  # even where a model is made on "meta"
     cache.update(states, states, 0)
-    given = {
-        CACHE_NAME: cache,
-        "attention_mask": torch.ones(1, 3, dtype=torch.long),
-        "position_ids": torch.arange(3)[None],
-        "use_cache": True,
-    }
-    ids = torch.ones(1, 3, dtype=torch.long)
+    ids = torch.ones(1, 3, dtype=torch.long, device="cpu")
+    given = {CACHE_NAME: cache, "attention_mask": ids, "position_ids": ids.cumsum(1) - 1, "use_cache": True}
     try:
         inputs = base.prepare_inputs_for_generation(ids, next_sequence_length=1, is_first_iteration=False, **given)
     except Exception:  # code that did not come with Transformers may ask for anything

@@ -21,7 +21,7 @@ from .compat import (
     pick_cache,
     without_peft,
 )
-from .component_loading import ComponentLoader, Policy, PolicyHandle, is_by_component
+from .component_loading import ComponentLoader, Policy, PolicyHandle, check_decoder, is_by_component
 from .component_running import ComponentRunningMixin
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig
 from .hub import PUSH_ARGUMENTS, MixtureSharingMixin, code_alongside
@@ -109,6 +109,8 @@ class MixturePolicyModel(
         self._built_from_config = backbones is None
         if backbones is None:
             backbones = [AutoModelForCausalLM.from_config(c) for c in config.component_configs]
+            for label, backbone in zip(config.labels, backbones):
+                check_decoder(backbone, repr(label))
         if not backbones:
             raise ValueError("A mixture needs at least one component; see `MixturePolicyModel.from_policies`.")
         # direct children, as Transformers collects tied weights and parallelism plans from those only

@@ -130,6 +130,7 @@ class PooledBackbone:
         mixture, head = self.mixture, self.mixture.get_output_embeddings()
         head.check()
         inputs = mixture._inputs_for_all(input_ids, attention_mask, position_ids)
+        mixture._check_text(head.active, inputs, {}, is_step=False)
         linears = head.linears
         pooled: dict[nn.Linear, torch.Tensor | float] = dict.fromkeys(linears, 0.0)
         for k in head.active:

@@ -42,7 +42,7 @@ from transformers import (
     StaticCache,
 )
 
-from mpo_hf import MixtureLogitsProcessor, MixturePolicyModel
+from mpo_hf import MixtureLogitsProcessor, MixturePolicyConfig, MixturePolicyModel
 from mpo_hf.mixture.compat import CACHE_NAME
 
 
@@ -138,9 +138,10 @@ def test_every_way_of_decoding_agrees_with_a_loop_without_cache(kind, pairs):
     assert generate(policies[1], logits_processor=[processor]) == expected
 
 
+@pytest.mark.parametrize("kind", ["gemma3n", "phi3"])
 @torch.no_grad()
-def test_a_mixture_with_shared_keys_and_values_is_saved_and_opened(pairs, tmp_path):
-    mixture = MixturePolicyModel.from_policies(pairs("gemma3n"), WEIGHTS)
+def test_such_mixtures_are_saved_and_opened(kind, pairs, tmp_path):
+    mixture = MixturePolicyModel.from_policies(pairs(kind), WEIGHTS)
     mixture.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.tensor(PROMPTS[:1])
@@ -173,8 +174,9 @@ def test_padding_that_moves_the_text_of_a_component_is_refused(pairs):
         assert generate(mixture, [prompt]) == greedy(policies, WEIGHTS, [prompt], STEPS, ends=())
     with pytest.raises(ValueError, match="'first'.*takes no positions.*padding on the left.*one at a time"):
         generate(mixture)
-    with pytest.raises(ValueError, match="padding on the left"):
-        mixture(**left_pad(PROMPTS))
+    for read in (mixture, mixture.base_model):
+        with pytest.raises(ValueError, match="padding on the left"):
+            read(**left_pad(PROMPTS))
     right = torch.tensor([[1, 5, 9], [1, 5, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
     expected = pooled_logps(policies, WEIGHTS, [[1, 5]])[0].float()
     torch.testing.assert_close(mixture(right[0], attention_mask=right[1]).logits[1, 1], expected, **CLOSE)
@@ -262,6 +264,8 @@ def test_models_that_cannot_be_decoded_beside_others_are_refused_by_name(case, t
     for policy in (model, str(tmp_path)):
         with pytest.raises(ValueError, match=message):
             MixturePolicyModel.from_policies([policy])
+    with pytest.raises(ValueError, match=message):
+        MixturePolicyModel(MixturePolicyConfig(component_configs=[config()]))
 
 
 def test_a_model_with_inputs_that_it_makes_itself_is_refused(monkeypatch):
