@@ -138,7 +138,9 @@ class TabularPolicy(PreTrainedModel, GenerationMixin):
         self.anchor = nn.Parameter(torch.zeros(1))  # a model without parameters has no device
         self.post_init()
 
-    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None, **kwargs):
+    def forward(
+        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, **kwargs
+    ):
         ids, new = input_ids, input_ids.shape[1]
         if past_key_values is not None:  # the "keys" of this model are the token ids that it has seen
             keys = input_ids[:, None, :, None].float()
