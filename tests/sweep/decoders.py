@@ -31,13 +31,13 @@ SIZES = {
     r"num_nextn_predict_layers": 0,
     r".*(intermediate|ffn|feed_forward|mlp)_?(hidden_)?(size|dim)(_mlp)?|dff|dim_ff|n_inner|d_ff": 48,
     r"hidden_size_per_layer_input": 8,
-    r"d_model|n_embd|emb_dim|dim|.*hidden_size|.*embed(ding)?_(size|dim)|.*_embed_dim|lru_width|word_embed_proj_dim": 32,
+    r"d_model|n_embd|emb_dim|dim|.*hidden_size(_global)?|.*embed(ding)?_(size|dim)|.*_embed_dim|lru_width|word_embed_proj_dim": 32,
     r"(ssm_)?state_size|mamba_d_state|mamba_d_ssm": 8,
     r".*chunk_size|chunk_length|.*chunk_length|block_size": 8,
     r".*sliding_window(_size)?|local_attention|window_size|attention_window_size|attention_chunk_size": 4,
     r".*max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|.*max_length|max_target_positions": 128,
     r"image_size|patch_size": 8,
-    r"index_topk|floor_scale|centroid_intermediate_top_k": 4,
+    r".*_channels?": 16,
     r"expert_group_size|zero_expert_num": 2,
 }
 # What the rules above leave out of proportion.
@@ -49,10 +49,17 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 1.0},
     "cohere2": {"logit_scale": 1.0},
     "cohere2_moe": {"logit_scale": 1.0},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": EXPERTS,
+    "dory": {"sliding_window": 64},  # fails alone where a text is longer than the window
     "dots1": EXPERTS,
+    "dots3_note_text": {
+        "head_dim": 16,
+        "per_layer_config": {1: {"kv_lora_rank": 8, "num_attention_heads": 4, "num_key_value_heads": 4}},
+    },
     "falcon_h1": {**MAMBA2, "mamba_d_ssm": 64},
     "gemma3n_text": {
         "num_hidden_layers": 4,
@@ -64,7 +71,8 @@ BY_HAND: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": {"global_head_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": MAMBA2,
+    "granitemoehybrid": {**MAMBA2, "layer_types": ["linear_attention", "full_attention"]},
+    "hrm_text": {"num_layers_per_stack": None},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8, "moe_topk": 2, "num_experts": 4},
     "inkling_text": {"logits_mup_width_multiplier": 1.0},
@@ -72,12 +80,25 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "kimi_linear": {"linear_num_heads": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "block_multiple_of": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
-    "llama4_text": {"num_hidden_layers": 2, "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0], "moe_layers": [1]},
+    "llama4_text": {
+        "num_hidden_layers": 2,
+        "layer_types": ["chunked_attention", "full_attention"],
+        "no_rope_layers": [1, 0],
+        "moe_layers": [1],
+    },
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "nemotron_h": {"n_groups": 2, "mamba_num_heads": 8, "mamba_head_dim": 8, "use_mamba_kernels": False},
-    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2, "linear_num_key_heads": 2, "split_ngram_parts": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "linear_num_key_heads": 2,
+        "split_ngram_parts": 2,
+    },
     "reformer": {
         "axial_pos_shape": (8, 16),
         "axial_pos_embds_dim": (8, 24),
@@ -88,7 +109,15 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "xlm": {"causal": True},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"], "attention_hidden_size": 64, "attention_head_dim": 16, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "use_mamba_kernels": False,
+    },
 }
 
 

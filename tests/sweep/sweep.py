@@ -5,7 +5,8 @@ Tries mixtures of every decoder of Transformers in every mode, and writes what c
 
 A NAME is a model type, such as `gemma3_text`; without one, all decoders are tried. Results are kept in a file of JSON
 lines, so that an interrupted sweep goes on where it was; `--fresh` starts anew. A tiny random model stands for each
-architecture, and a loop that recomputes every step is what all results are compared with.
+architecture, and a loop that recomputes every step is what all results are compared with. The exit code is 1 if a
+mixture is wrong or fails without a sentence, or is not right where the page says so.
 """
 
 import argparse
@@ -30,9 +31,11 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from decoders import decoders  # noqa: E402
 from modes import MODES, try_decoder  # noqa: E402
+from page import read_page, worse, write_page  # noqa: E402
 
 
 VERSIONS = {package.__name__: package.__version__ for package in (transformers, peft, torch)}
+PAGE = HERE.parents[1] / "docs" / "how-to" / "architectures.md"
 SECONDS = 120  # for one architecture; most need one or two
 
 
@@ -53,7 +56,7 @@ def sweep(names: Sequence[str], processes: int = 1, modes: Sequence[str] = MODES
                 found = _received(receiver, process)
             elif time.monotonic() - start > SECONDS:
                 process.kill()
-                found = {mode: ("fails", f"not done after {SECONDS} s") for mode in modes}
+                found = dict.fromkeys(modes, ("fails", f"not done after {SECONDS} s"))
             else:
                 continue
             del running[receiver]
@@ -94,7 +97,21 @@ def main() -> int:
             file.write(json.dumps(result) + "\n")
             file.flush()
             print(line_of(result), flush=True)
-    return 0
+    results = {name: known[name]["modes"] for name in names}
+    if args.write:
+        write_page(args.write, results, VERSIONS)
+    faults = [f"{name}, {mode}: {': '.join(found)}" for name, mode, found in faults_of(results)]
+    lost = worse(read_page(PAGE), results) if PAGE.exists() else []
+    print("\n".join([*faults, *(f"{name}, {mode}: was right, see {PAGE.name}" for name, mode in lost)]))
+    return int(bool(faults or lost))
+
+
+def faults_of(results: dict[str, Any]) -> Iterator[tuple[str, str, Sequence[str]]]:
+    """What a mixture gets wrong, or cannot do without saying so."""
+    for name, modes in results.items():
+        for mode, found in modes.items():
+            if mode != "none" and found[0] in ("wrong", "fails"):
+                yield name, mode, found
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
