@@ -12,7 +12,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))
 
-from modes import MODES, outcome  # noqa: E402
+from modes import MODES, outcome, try_decoder  # noqa: E402
 from page import read_page, worse, write_page  # noqa: E402
 
 
@@ -30,6 +30,12 @@ def test_every_decoder_is_right_or_refused_with_a_reason(tmp_path):
         for line in (tmp_path / "results").open()
     ]
     assert sum(right) > 100
+
+
+def test_a_planted_fault_is_found(monkeypatch):
+    assert try_decoder("gpt2", ["processor"])["processor"][0] == "right"
+    monkeypatch.setattr("mpo_hf.mixture.component_running.positions_from_mask", lambda positions, *_: positions)
+    assert try_decoder("gpt2", ["processor"])["processor"][0] == "wrong"
 
 
 def test_a_page_is_read_as_it_was_written_and_losses_are_found(tmp_path):
