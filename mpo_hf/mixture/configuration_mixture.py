@@ -396,8 +396,9 @@ def _to_config(config: PreTrainedConfig | dict) -> PreTrainedConfig:
     decoder = config.get_text_config(decoder=True)
     for name in ("vocab_size", "num_hidden_layers"):
         if not isinstance(value := getattr(decoder, name, None), int) or value < 1:
+            entry = type(given).__name__ if isinstance(given, PreTrainedConfig) else repr(given)
             raise ValueError(
-                f"The entry {given!r} of `component_configs` does not describe a language model: `{name}` is {value!r}."
+                f"The entry {entry} of `component_configs` does not describe a language model: `{name}` is {value!r}."
             )
     return config
 
