@@ -18,7 +18,7 @@ from mpo_hf.mixture.compat import CACHE_NAME
 
 
 LONG, SHORT = [1, 5, 9, 33, 17, 40, 21, 8, 50], [1, 30, 12, 7]
-STEPS, BEAMS = 4, 2
+STEPS, BEAMS, PAD = 4, 2, 0
 WEIGHTS = [0.6, 0.4]
 ADAPTER = {"r": 2, "lora_alpha": 8, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
 # A wrong mask, position or state moves log-probabilities by 1e-2 and more, another order of sums by less than 1e-4.
@@ -65,8 +65,9 @@ class ByHand:
         for prompt, row, row_scores in zip(prompts, tokens.tolist(), torch.stack(list(scores), 1)):
             for step, found in enumerate(row_scores):
                 expected = self.next(prompt + row[:step])
-                compare(found[: len(expected)].double().log_softmax(-1), expected, f"at step {step}")
-                if expected.max() - expected[row[step]] > CLOSE:
+                others = found[PAD + 1 : len(expected)].double().log_softmax(-1)
+                compare(others, expected[PAD + 1 :].log_softmax(-1), f"at step {step}")
+                if expected[PAD + 1 :].max() - expected[row[step]] > CLOSE:
                     raise Wrong(f"token {row[step]} at step {step} is not the most likely one")
 
 
@@ -79,14 +80,14 @@ def compare(found: torch.Tensor, expected: torch.Tensor, where: str) -> None:
 def inputs_of(prompts: Sequence[list[int]]) -> dict[str, torch.Tensor]:
     longest = max(map(len, prompts))
     return {
-        "input_ids": torch.tensor([[0] * (longest - len(p)) + p for p in prompts]),
+        "input_ids": torch.tensor([[PAD] * (longest - len(p)) + p for p in prompts]),
         "attention_mask": torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]),
     }
 
 
 def generated(model: nn.Module, prompts: Sequence[list[int]], **options) -> tuple[torch.Tensor, Any]:
     """The new tokens of `generate()`, and all that it returns."""
-    fixed = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    fixed = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
     fixed |= {"return_dict_in_generate": True, "output_scores": True}
     inputs = inputs_of(prompts)
     output = model.generate(**inputs, **{**fixed, **options})
@@ -94,7 +95,8 @@ def generated(model: nn.Module, prompts: Sequence[list[int]], **options) -> tupl
 
 
 def decodes(model: nn.Module, by_hand: ByHand, prompts: Sequence[list[int]], **options) -> None:
-    tokens, output = generated(model, prompts, **options)
+    # some models leave out the positions of padding, also where the token is one of the text
+    tokens, output = generated(model, prompts, suppress_tokens=[PAD], **options)
     by_hand.check(prompts, tokens, output.scores)
 
 
@@ -113,7 +115,7 @@ def static_cache(model: nn.Module, by_hand: ByHand, prompts: Sequence[list[int]]
 
 def resumed(model: nn.Module, by_hand: ByHand, prompts: Sequence[list[int]]) -> None:
     """Goes on from the cache of a `generate()` call with new tokens, and reads a text in two parts."""
-    tokens, output = generated(model, [LONG])
+    tokens, output = generated(model, [LONG], suppress_tokens=[PAD])
     text = [*LONG, *tokens[0].tolist(), 7, 44]
     decodes(model, by_hand, [text], **{CACHE_NAME: output[CACHE_NAME]})
     ids = torch.tensor([LONG])
@@ -152,7 +154,7 @@ class Trial:
             tiny_decoder("llama", 3),
         )
         for model in (self.model, self.other):
-            model.generation_config = GenerationConfig(bos_token_id=1, pad_token_id=0)
+            model.generation_config = GenerationConfig(bos_token_id=1, pad_token_id=PAD)
         self.prompts = [LONG, SHORT]  # the first one only, where left padding does not work
 
     @cached_property
@@ -184,32 +186,36 @@ class Trial:
         else:
             getattr(self, mode)()
 
-    def run_alone(self, mode: str) -> None:
-        """The same without a mixture."""
+    def without(self, mode: str) -> None:
+        """The same without what is tried: the model without a mixture, a mixture without a stack or a processor."""
         if mode == "adapters":
             decodes(self.adapted[0], ByHand([self.adapted[0]], [1.0]), self.prompts)
+        elif mode == "stacked":
+            self.stacked(side_by_side=False)
+        elif mode == "processor" and outcome(self.as_other)[0] != "right":
+            decodes(self.mixture, self.by_hand, self.prompts)
         else:
             PLAIN.get(mode, decodes)(self.model, self.alone, self.prompts)
 
     def processor(self) -> None:
         """The model as one of the other policies, and as the one that calls."""
-        by_hand = ByHand([self.llama, self.model])
-        options = {"attention_mask": inputs_of(self.prompts)["attention_mask"]}
-        decodes(
-            self.llama,
-            by_hand,
-            self.prompts,
-            logits_processor=[MixtureLogitsProcessor([self.model], WEIGHTS, **options)],
-        )
-        beams(self.llama, by_hand, self.prompts, logits_processor=[MixtureLogitsProcessor([self.model], WEIGHTS)])
-        processor = MixtureLogitsProcessor([self.llama], WEIGHTS, **options)
+        self.as_other()
+        mask = inputs_of(self.prompts)["attention_mask"]
+        processor = MixtureLogitsProcessor([self.llama], WEIGHTS, attention_mask=mask)
         decodes(self.model, self.by_hand, self.prompts, logits_processor=[processor])
 
-    def stacked(self) -> None:
+    def as_other(self) -> None:
+        by_hand, mask = ByHand([self.llama, self.model]), inputs_of(self.prompts)["attention_mask"]
+        processor = MixtureLogitsProcessor([self.model], WEIGHTS, attention_mask=mask)
+        decodes(self.llama, by_hand, self.prompts, logits_processor=[processor])
+        processor.attention_mask = None
+        beams(self.llama, by_hand, self.prompts, logits_processor=[processor])
+
+    def stacked(self, side_by_side: bool = True) -> None:
         """Two models of the architecture, side by side where they can run so."""
         mixture = MixturePolicyModel.from_policies([self.model, self.other], WEIGHTS)
         by_hand = ByHand([copy.deepcopy(self.model), copy.deepcopy(self.other)])
-        mixture.stack_models = True
+        mixture.stack_models = side_by_side
         decodes(mixture, by_hand, self.prompts)
         reads(mixture, by_hand)
 
@@ -223,10 +229,10 @@ class Trial:
     def adapted(self) -> list[PeftModel]:
         """Both adapters as PEFT runs them, each over a base of its own."""
         base, folders = self.folders
-        reopened = ByHand([AutoModelForCausalLM.from_pretrained(base)], [1.0])
-        compare(reopened.next(LONG), self.alone.next(LONG), "after saving and opening the base")
         models = [PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), f).eval() for f in folders]
         first, second = (ByHand([model], [1.0]).next(LONG) for model in models)
+        for found, expected in zip((first, second), self._saved):
+            compare(found, expected, "after PEFT saved the adapter and opened it again")
         if (first - second).abs().max() < 10 * CLOSE:
             raise Wrong("the adapters hardly differ")
         return models
@@ -241,6 +247,7 @@ class Trial:
         self._folder = tempfile.TemporaryDirectory()
         base = f"{self._folder.name}/base"
         self.model.save_pretrained(base)
+        self._saved: list[torch.Tensor] = []
         folders = [f"{self._folder.name}/adapter_{k}" for k in range(2)]
         # PEFT refuses the first in models of the Mamba family; routers return tuples, which it cannot add to
         recurrent = self.model.config.model_type in ("mamba", "mamba2", "falcon_mamba", "falcon_h1")
@@ -248,7 +255,9 @@ class Trial:
         for k, folder in enumerate(folders):
             torch.manual_seed(k)
             settings = LoraConfig(target_modules="all-linear", exclude_modules=excluded, **ADAPTER)
-            get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(folder)
+            adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).eval()
+            self._saved.append(ByHand([adapted], [1.0]).next(LONG))
+            adapted.save_pretrained(folder)
         return base, folders
 
 
@@ -301,7 +310,7 @@ def try_decoder(model_type: str, modes: Sequence[str] = MODES) -> dict[str, tupl
     for mode in modes:
         found[mode] = outcome(trial.run, mode)
         if found[mode][0] in ("wrong", "fails"):
-            alone, reason = outcome(trial.run_alone, mode)
+            alone, reason = outcome(trial.without, mode)
             if alone != "right":
                 found[mode] = ("alone", f"{alone}: {reason}")
         if mode == "padding" and found[mode][0] != "right":
