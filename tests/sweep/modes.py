@@ -250,7 +250,7 @@ class Trial:
         self._saved: list[torch.Tensor] = []
         folders = [f"{self._folder.name}/adapter_{k}" for k in range(2)]
         # PEFT refuses the first in models of the Mamba family; routers return tuples, which it cannot add to
-        recurrent = self.model.config.model_type in ("mamba", "mamba2", "falcon_mamba", "falcon_h1")
+        recurrent = self.model.config.model_type in ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
         excluded = ["out_proj"] * recurrent + ["router"]
         for k, folder in enumerate(folders):
             torch.manual_seed(k)

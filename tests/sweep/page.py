@@ -17,29 +17,37 @@ COLUMNS = {
     "stacked": ("two models", "a mixture of two models of the family, with `stack_models`"),
     "adapters": ("adapters", "two LoRA adapters on all linear layers of one base, against PEFT"),
 }
-WORDS = {"right": "✓", "refused": "refused", "alone": "alone", "wrong": "WRONG", "fails": "FAILS"}
+WORDS = {"right": "✓", "refused": "refused", "wrong": "WRONG", "fails": "FAILS"}
+ALONE = {"wrong": "wrong alone", "fails": "fails alone", "refused": "refused alone"}
 INTRODUCTION = """# Architectures
 
 What a mixture does with each decoder of Transformers. A tiny random model stands for every family, and its scores at every
 step are compared with those of a loop that runs the whole text anew for every token, one prompt at a time, without a cache
-and without mpo_hf. The table was made on {date} by `tests/sweep/sweep.py`, with {versions}.
+and without mpo_hf. The table was made on {date} by `tests/sweep/sweep.py`, with
+{versions}.
 
 | column | what was tried |
 |---|---|
 {columns}
 
 - ✓: the scores and tokens are those of the loop.
-- refused: an error says what does not go together, before the first token or in its place; see [below](#refusals).
-- alone: the model is not right in this mode by itself either, without a mixture: it fails, or Transformers gives it other
-  scores than its own forward pass over the whole text. See [below](#alone).
+- refused: an error says why; the [sentences](#refusals) are below the table.
+- wrong alone, fails alone, refused alone: so it is without a mixture, and in one. Wrong means that `generate` gives the model
+  other scores than its own forward pass over the whole text, as with learned positions that padding moves.
 
+A family of models with images or sound is tried with texts.
+
+"""
+NOT_TRIED = """## Not tried
+
+The logits of some models at a position depend on later tokens, so that there is no loop to compare with: {bidirectional}. Of
+others no small model could be made from their configuration alone, or they are no text decoders by themselves: {others}.
 """
 
 
 def write_page(path: Path, results: Mapping[str, Mapping[str, Sequence[str]]], versions: Mapping[str, str]) -> None:
     """Writes results by architecture and mode."""
     tried = {name: modes for name, modes in sorted(results.items()) if "none" not in modes}
-    left_out = [f"- `{name}`: {_reason(modes['none'])}" for name, modes in sorted(results.items()) if "none" in modes]
     head = INTRODUCTION.format(
         date=f"{datetime.date.today():%d %B %Y}".lstrip("0"),
         versions=", ".join(f"{package} {version}" for package, version in versions.items()),
@@ -50,42 +58,49 @@ def write_page(path: Path, results: Mapping[str, Mapping[str, Sequence[str]]], v
         "|---" * (1 + len(COLUMNS)) + "|",
     ]
     for name, modes in tried.items():
-        table.append(f"| `{name}` | " + " | ".join(WORDS[modes[mode][0]] for mode in COLUMNS) + " |")
-    parts = [head + "\n".join(table)]
-    for title, kind in (("## Refusals", "refused"), ("## Alone", "alone")):
-        parts.append("\n".join([title, "", *_reasons(tried, kind)]))
-    parts.append("\n".join(["## Not tried", "", *left_out]))
-    path.write_text("\n\n".join(parts) + "\n")
+        table.append(f"| `{name}` | " + " | ".join(_cell(modes[mode]) for mode in COLUMNS) + " |")
+    left_out = {name: modes["none"][0] for name, modes in sorted(results.items()) if "none" in modes}
+    names = {
+        "bidirectional": ", ".join(f"`{name}`" for name, kind in left_out.items() if kind == "wrong"),
+        "others": ", ".join(f"`{name}`" for name, kind in left_out.items() if kind != "wrong"),
+    }
+    refusals = ["## Refusals", "", *_refusals(tried)]
+    path.write_text("\n".join([head + "\n".join(table), "", *refusals, "", NOT_TRIED.format(**names)]))
 
 
-def _reasons(results: Mapping[str, Mapping[str, Sequence[str]]], kind: str) -> list[str]:
-    """A line for every family and reason, with the modes that it is about."""
-    lines = []
+def _cell(found: Sequence[str]) -> str:
+    return ALONE[found[1].partition(":")[0]] if found[0] == "alone" else WORDS[found[0]]
+
+
+def _refusals(results: Mapping[str, Mapping[str, Sequence[str]]]) -> list[str]:
+    """A line for every reason, with the families and modes that it is about."""
+    reasons: dict[str, dict[str, list[str]]] = {}
     for name, modes in results.items():
-        by_reason: dict[str, list[str]] = {}
-        for mode, (word, _) in COLUMNS.items():
-            if modes[mode][0] == kind:
-                by_reason.setdefault(_reason(modes[mode]), []).append(word)
-        for reason, words in by_reason.items():
-            where = "all modes" if len(words) == len(COLUMNS) else ", ".join(words)
-            lines.append(f"- `{name}` ({where}): {reason}")
+        for mode, (column, _) in COLUMNS.items():
+            if modes[mode][0] == "refused":
+                reasons.setdefault(_sentence(modes[mode][1]), {}).setdefault(name, []).append(column)
+    lines = []
+    for sentence, families in reasons.items():
+        where = [
+            f"`{name}`" + (f" ({', '.join(columns)})" if len(columns) < len(COLUMNS) else "")
+            for name, columns in families.items()
+        ]
+        lines.append(f"- {', '.join(where)}: {sentence}")
     return lines
 
 
-def _reason(found: Sequence[str]) -> str:
-    """The first sentence of an error, without what Markdown would take for markup."""
-    text = re.sub(r"^(fails: |wrong: |refused: )*([A-Za-z]*Error: )?", "", found[1].strip())
-    text = re.split(r"(?<=[a-z`)]\.)\s|\n", " ".join(text.split("\n", 2)[:2]).strip())[0]
-    text = re.sub(r"[\d.e-]+ apart.*", "differ", text)
-    text = text if len(text) < 240 else text[:236] + " ..."
-    for character in "{}<>|*_[]":
-        text = text.replace(character, f"&#{ord(character)};")
-    return text.replace("`", "")
+def _sentence(error: str) -> str:
+    """The first sentence of an error, without names that differ between families, nor what would be markup."""
+    text = re.sub(r"^[A-Za-z]*Error: ", "", error.partition("\n")[0])
+    text = re.sub(r"The component \S+ \(\w+\)", "The component", text)
+    text = re.sub(r" ?<class .*?>| ?\(model_type=.*?\)|^\[.*?\] ", "", text)
+    text = re.split(r"(?<=[a-z0-9`)]\.)\s", text)[0]
+    return re.sub(r"[{}<>|*_\[\]]", lambda match: f"&#{ord(match[0])};", text).replace("`", "")
 
 
 def read_page(path: Path) -> dict[str, dict[str, str]]:
     """Results by architecture and mode, as far as the table tells."""
-    kinds = {word: kind for kind, word in WORDS.items()}
+    kinds = {word: kind for kind, word in WORDS.items()} | dict.fromkeys(ALONE.values(), "alone")
     rows = re.findall(r"^\| `(.+?)` \| (.+) \|$", path.read_text(), re.MULTILINE)
     return {
         name: {mode: kinds[word] for mode, word in zip(COLUMNS, cells.split(" | "))}
