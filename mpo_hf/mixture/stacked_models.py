@@ -63,10 +63,12 @@ class StackedEmbedding(nn.Module):
 
     Args:
         weight (`torch.Tensor` of shape `(K, num_embeddings, embedding_dim)`): the tables.
+        padding_idx (`int`, *optional*): the row for padding, which tells some models where positions start.
     """
 
-    def __init__(self, weight: torch.Tensor):
+    def __init__(self, weight: torch.Tensor, padding_idx: int | None = None):
         super().__init__()
+        self.padding_idx = padding_idx
         self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, input_ids: torch.LongTensor) -> torch.Tensor:
@@ -295,7 +297,7 @@ class _Builder:
         if type(first) is Conv1D:
             return StackedLinear(self._side_by_side(modules, "weight"), self._side_by_side(modules, "bias"))
         if type(first) is nn.Embedding and first.max_norm is None:
-            return StackedEmbedding(self._side_by_side(modules, "weight"))
+            return StackedEmbedding(self._side_by_side(modules, "weight"), first.padding_idx)
         norm = self._norm(modules)
         return StackedModules(modules) if norm is None else norm
 

@@ -32,6 +32,14 @@ def test_every_decoder_is_right_or_refused_with_a_reason(tmp_path):
     assert sum(right) > 100
 
 
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("roberta", "stacked"), ("nemotron_h", "padding"), ("hy_v4", "adapters"), ("mpt", "stacked")],
+)
+def test_families_that_a_rule_once_forgot(name, mode):
+    assert try_decoder(name, [mode])[mode][0] in ("right", "alone")
+
+
 def test_a_planted_fault_is_found(monkeypatch):
     assert try_decoder("gpt2", ["processor"])["processor"][0] == "right"
     monkeypatch.setattr("mpo_hf.mixture.component_running.positions_from_mask", lambda positions, *_: positions)
