@@ -31,7 +31,7 @@ SIZES = {
     r"num_nextn_predict_layers": 0,
     r".*(intermediate|ffn|feed_forward|mlp)_?(hidden_)?(size|dim)(_mlp)?|dff|dim_ff|n_inner|d_ff": 48,
     r"hidden_size_per_layer_input": 8,
-    r"d_model|n_embd|emb_dim|dim|.*hidden_size(_global)?|.*embed(ding)?_(size|dim)|.*_embed_dim|lru_width|word_embed_proj_dim": 32,
+    r"d_model|n_embd|emb_dim|dim|.*hidden_size(_global)?|.*embed(ding)?_(size|dim)|.*_embed_dim|lru_width|.*_proj_dim": 32,
     r"(ssm_)?state_size|mamba_d_state|mamba_d_ssm": 8,
     r".*chunk_size|chunk_length|.*chunk_length|block_size": 8,
     r".*sliding_window(_size)?|local_attention|window_size|attention_window_size|attention_chunk_size": 4,

@@ -112,11 +112,11 @@ def read_page(path: Path) -> dict[str, dict[str, str]]:
 def worse(
     before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, Sequence[str]]]
 ) -> list[tuple[str, str]]:
-    """Architectures and modes that were right and are not any more."""
+    """Architectures and modes that were right and are not any more, for another reason than the model alone."""
     return [
         (name, mode)
         for name, modes in before.items()
         if name in now
         for mode, kind in modes.items()
-        if kind == "right" and now[name].get(mode, ("none",))[0] != "right"
+        if kind == "right" and now[name].get(mode, ("none",))[0] not in ("right", "alone")
     ]

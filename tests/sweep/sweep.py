@@ -40,7 +40,7 @@ SECONDS = 120  # for one architecture; most need one or two
 
 
 def sweep(names: Sequence[str], processes: int = 1, modes: Sequence[str] = MODES) -> Iterator[dict[str, Any]]:
-    """Yields the result of every architecture, each from a process of its own, in the order in which they end."""
+    """Yields the result of every architecture, from a process of its own, in the order in which they end."""
     torch.set_num_threads(1)
     context, waiting, running = multiprocessing.get_context("fork"), list(names), {}
     while waiting or running:
@@ -78,7 +78,7 @@ def _received(receiver, process) -> dict[str, Sequence[str]]:
         return receiver.recv()
     except EOFError:
         process.join()
-        return {"greedy": ("fails", f"the process ended with {process.exitcode}")}
+        return dict.fromkeys(MODES, ("fails", f"the process ended with {process.exitcode}"))
 
 
 def main() -> int:
@@ -89,6 +89,9 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="try again what the file of results holds")
     parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args()
+    if args.write and args.names:
+        parser.error("a page is written of all decoders: leave out the names")
+    before = read_page(PAGE) if PAGE.exists() else {}
     known = {} if args.fresh else read_results(args.results)
     names = args.names or decoders()
     with args.results.open("w" if args.fresh else "a") as file:
@@ -101,9 +104,9 @@ def main() -> int:
     if args.write:
         write_page(args.write, results, VERSIONS)
     faults = [f"{name}, {mode}: {': '.join(found)}" for name, mode, found in faults_of(results)]
-    lost = worse(read_page(PAGE), results) if PAGE.exists() else []
-    print("\n".join([*faults, *(f"{name}, {mode}: was right, see {PAGE.name}" for name, mode in lost)]))
-    return int(bool(faults or lost))
+    faults += [f"{name}, {mode}: was right, see {PAGE.name}" for name, mode in worse(before, results)]
+    print("\n".join(faults))
+    return int(bool(faults))
 
 
 def faults_of(results: dict[str, Any]) -> Iterator[tuple[str, str, Sequence[str]]]:
