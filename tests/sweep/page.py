@@ -40,8 +40,11 @@ A family of models with images or sound is tried with texts.
 """
 NOT_TRIED = """## Not tried
 
-The logits of some models at a position depend on later tokens, so that there is no loop to compare with: {bidirectional}. Of
-others no small model could be made from their configuration alone, or they are no text decoders by themselves: {others}.
+The logits of some models at a position depend on later tokens, so that there is no loop to compare with:
+{bidirectional}.
+
+Of others no small model could be made from their configuration alone, or they are no text decoders by themselves:
+{others}.
 """
 
 
