@@ -221,9 +221,9 @@ class Trial:
 
     def adapters(self) -> None:
         """Two LoRA adapters over one base, opened from their folders."""
-        by_hand = ByHand(self.adapted)
-        decodes(self.adapter_mixture, by_hand, self.prompts)
-        reads(self.adapter_mixture, by_hand)
+        mixture, by_hand = self.adapter_mixture, ByHand(self.adapted)
+        decodes(mixture, by_hand, self.prompts)
+        reads(mixture, by_hand)
 
     @cached_property
     def adapted(self) -> list[PeftModel]:
