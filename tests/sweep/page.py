@@ -96,6 +96,8 @@ def _sentence(error: str) -> str:
     """The first sentence of an error, without names that differ between families, nor what would be markup."""
     text = re.sub(r"^[A-Za-z]*Error: ", "", error.partition("\n")[0])
     text = re.sub(r"The component \S+ \(\w+\)", "The component", text)
+    text = re.sub(r"'/\S*/(\w+)'", r"'\1'", text)  # folders by their names
+    text = re.sub(r"'(\w+\.+){3,}\w+'", "'...'", text)  # weights
     text = re.sub(r" ?<class .*?>| ?\(model_type=.*?\)|^\[.*?\] ", "", text)
     text = re.split(r"(?<=[a-z0-9`)]\.)\s", text)[0]
     return re.sub(r"[{}<>|*_\[\]]", lambda match: f"&#{ord(match[0])};", text).replace("`", "")
