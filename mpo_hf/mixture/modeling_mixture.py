@@ -31,7 +31,7 @@ from .mixture_generation import MixtureGenerationMixin
 from .mixture_inputs import execution_device
 from .mixture_weights import check_mixture_weights
 from .pooled_head import PooledBackbone, PooledHead
-from .pooling import log_linear_pool, rule_out_implausible
+from .pooling import log_linear_pool
 from .presets import PresetMixin
 from .stacked_lora import AdapterStacks
 from .stacked_models import ModelStacks
@@ -323,9 +323,7 @@ class MixturePolicyModel(
         component_logits = self._component_logits(active, inputs, views, extras)
         if self.component_hook is not None:
             component_logits = self.component_hook(active, component_logits)
-        if config.plausibility:
-            component_logits = rule_out_implausible(component_logits, config.plausibility)
-        logits = log_linear_pool(component_logits, [weights[k] for k in active])
+        logits = log_linear_pool(component_logits, [weights[k] for k in active], config.plausibility)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs)

@@ -11,7 +11,9 @@ import torch
 CHUNK_NUMEL = {"cpu": 2**18, "other": 2**24}
 
 
-def log_linear_pool(logits: Iterable[torch.Tensor], weights: torch.Tensor | Sequence[float]) -> torch.Tensor:
+def log_linear_pool(
+    logits: Iterable[torch.Tensor], weights: torch.Tensor | Sequence[float], plausibility: float = 0.0
+) -> torch.Tensor:
     r"""
     Pools next-token distributions log-linearly.
 
@@ -23,6 +25,9 @@ def log_linear_pool(logits: Iterable[torch.Tensor], weights: torch.Tensor | Sequ
     is \\(\log Z\\), the log of the factor by which token-level mixing differs from the sequence-level mixture
     \\(\prod_k \pi_k(y)^{\lambda_k}\\) of [Mixing Preference Optimization](https://huggingface.co/papers/2502.18699).
 
+    A token that a component of nonzero weight rules out, with a log-probability of `-inf`, is ruled out of the mixture: it gets
+    `-inf`, also where the weight is negative, as the ratio of two policies is defined only where both allow the token.
+
     Args:
         logits (`Iterable[torch.Tensor]`):
             K tensors of one shape `(batch_size, ..., vocab_size)`, normalized or not. They are consumed one by one, so
@@ -31,6 +36,10 @@ def log_linear_pool(logits: Iterable[torch.Tensor], weights: torch.Tensor | Sequ
             Mixture weights, of shape `(K,)`, or `(batch_size, K)` for weights by row. A weight of zero removes its
             component entirely, also where that component's log-probability is `-inf`. A tensor is copied to the device
             of the logits, which numbers do not need.
+        plausibility (`float`, *optional*, defaults to 0.0):
+            The plausibility constraint of [contrastive decoding](https://huggingface.co/papers/2210.15097) (Li et al., 2023):
+            tokens whose probability under the first component is less than this fraction of that of its most likely token
+            are ruled out. The others keep their sum: the first component is not renormalized. 0 rules out none.
 
     Returns:
         `torch.Tensor`: pooled log-probabilities in float32 (float64 for float64 logits), of the shape of one
@@ -55,11 +64,12 @@ def log_linear_pool(logits: Iterable[torch.Tensor], weights: torch.Tensor | Sequ
             weight = weight.to(component_logits.device).reshape(
                 weight.shape + (1,) * (component_logits.ndim - weight.ndim)
             )
+        judge = plausibility if pooled is None else 0.0
         if torch.compiler.is_compiling() or _is_differentiated(component_logits, weight, pooled):
-            term = _weighted_logps(component_logits, weight)
+            term = _weighted_logps(component_logits, weight, judge)
             pooled = term if pooled is None else pooled + term.to(pooled.device)
         else:
-            pooled = _add_weighted_logps(pooled, component_logits, weight)
+            pooled = _add_weighted_logps(pooled, component_logits, weight, judge)
         del component_logits  # before the next one is computed
     return pooled
 
@@ -68,18 +78,27 @@ def _is_differentiated(*tensors: torch.Tensor | float | None) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
 
-def _weighted_logps(logits: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
-    """Weighted log-probabilities. A weight of zero gives zeros, where 0 * -inf would be NaN."""
+def _weighted_logps(
+    logits: torch.Tensor, weight: torch.Tensor | float, plausibility: float = 0.0
+) -> torch.Tensor:
+    """Weighted log-probabilities: zeros for a weight of zero, else `-inf` for tokens that are ruled out."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logps = torch.log_softmax(logits, dim=-1, dtype=dtype)
+    if plausibility:
+        least = logps.amax(-1, keepdim=True) + math.log(plausibility)
+        logps = logps.masked_fill(logps < least, -torch.inf)
+    if not isinstance(weight, torch.Tensor) and weight >= 0:
+        return weight * logps if weight else torch.zeros_like(logps)
     if isinstance(weight, torch.Tensor):
         weight = weight.to(dtype)
-        return torch.where(weight == 0, torch.zeros_like(logps), weight * logps)
-    return weight * logps if weight else torch.zeros_like(logps)
+    # filled before the product, as 0 * -inf is NaN, and so is the gradient of the weight
+    out = torch.isneginf(logps)
+    term = (weight * logps.masked_fill(out, 0)).masked_fill(out, -torch.inf)
+    return torch.where(weight == 0, 0, term) if isinstance(weight, torch.Tensor) else term
 
 
 def _add_weighted_logps(
-    pooled: torch.Tensor | None, logits: torch.Tensor, weight: torch.Tensor | float
+    pooled: torch.Tensor | None, logits: torch.Tensor, weight: torch.Tensor | float, plausibility: float
 ) -> torch.Tensor:
     """Adds weighted log-probabilities to `pooled`, or to a new tensor, in chunks of rows."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -89,7 +108,8 @@ def _add_weighted_logps(
     if isinstance(weight, torch.Tensor):
         weight = weight.expand(*logits.shape[:-1], 1)
     for part in row_parts(logits):
-        term = _weighted_logps(logits[part], weight[part] if isinstance(weight, torch.Tensor) else weight)
+        own = weight[part] if isinstance(weight, torch.Tensor) else weight
+        term = _weighted_logps(logits[part], own, plausibility)
         if begins:
             pooled[part] = term
         else:
@@ -113,31 +133,6 @@ def _parts(shape: torch.Size, size: int) -> Iterator[tuple[int | slice, ...]]:
         yield from ((slice(start, start + step),) for start in range(0, shape[0], step))
     else:
         yield from ((i, *rest) for i in range(shape[0]) for rest in _parts(shape[1:], size))
-
-
-def rule_out_implausible(logits: Iterable[torch.Tensor], plausibility: float) -> Iterator[torch.Tensor]:
-    r"""
-    The plausibility constraint of [contrastive decoding](https://huggingface.co/papers/2210.15097) (Li et al., 2023): a
-    token to which the first component gives less than `plausibility` times the probability of its most likely token gets
-    `-inf` from the first component.
-
-    The logits of the other components are unchanged. The first weight must be positive.
-
-    Args:
-        logits (`Iterable[torch.Tensor]`): K tensors of shape `(batch_size, ..., vocab_size)`.
-        plausibility (`float`): between 0 and 1.
-
-    Returns:
-        `Iterator[torch.Tensor]`: the same K tensors, the first one with `-inf` entries.
-    """
-    iterator = iter(logits)
-    yield _rule_out(next(iterator), plausibility)
-    yield from iterator
-
-
-def _rule_out(logits: torch.Tensor, plausibility: float) -> torch.Tensor:
-    threshold = logits.max(dim=-1, keepdim=True).values + math.log(plausibility)
-    return logits.masked_fill(logits < threshold, -torch.inf)
 
 
 def log_normalizer(pooled_logps: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Log-linear pooling of next-token distributions, checked against the definition written out."""
 
+import math
 import weakref
 
 import pytest
@@ -9,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mpo_hf.mixture import pooling
-from mpo_hf.mixture.pooling import log_linear_pool, log_normalizer, rule_out_implausible
+from mpo_hf.mixture.pooling import log_linear_pool, log_normalizer
 
 
 def random_logits(count=3, rows=4, length=5, vocab=7, dtype=torch.float32, seed=0):
@@ -94,8 +95,72 @@ def test_negative_weights_subtract_a_component():
     torch.testing.assert_close(pooled, 2 * expert.log_softmax(-1) - amateur.log_softmax(-1), **CLOSE)
 
 
-@pytest.mark.parametrize("pool", [log_linear_pool, lambda x, w: log_linear_pool(rule_out_implausible(x, 0.1), w)])
-def test_a_component_is_let_go_before_the_next_is_asked_for(pool):
+def by_loop(logits, weights, plausibility=0.0):
+    """The pool of single rows by Python numbers: any component with a weight can rule a token out."""
+    rows = []
+    for distributions in zip(*(x.double().softmax(-1).tolist() for x in logits)):
+        least = plausibility * max(distributions[0])
+        row = []
+        for v, probabilities in enumerate(zip(*distributions)):
+            used = [(w, p) for w, p in zip(weights, probabilities) if w != 0]
+            out = any(p == 0 for _, p in used) or distributions[0][v] < least
+            row.append(-math.inf if out else sum(w * math.log(p) for w, p in used))
+        rows.append(row)
+    return torch.tensor(rows)
+
+
+RULED_OUT = [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)]
+
+
+@pytest.mark.parametrize("weights", [[1.0, 0.7, -0.7], [1.5, -0.5, 0.0], [-1.0, -1.0, 3.0], [0.2, 0.5, 0.3]])
+@pytest.mark.parametrize("form", ["numbers", "tensor", "by row", "differentiated", "compiling"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_what_a_component_of_any_sign_rules_out_is_out(weights, form, dtype, monkeypatch):
+    logits = [x[:, 0].clone() for x in random_logits(rows=6, dtype=dtype)]
+    for row, components in enumerate(RULED_OUT):  # token 2, by other components in each row
+        for k in components:
+            logits[k][row, 2] = -torch.inf
+    expected = by_loop(logits, weights)
+    assert expected.isneginf().any() and not expected.isneginf().all(-1).any()
+    given = weights if form in ("numbers", "differentiated") else torch.tensor(weights)
+    if form == "by row":
+        given = given.expand(6, -1)
+    if form == "compiling":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    if form == "differentiated":
+        logits = [x.requires_grad_() for x in logits]
+    pooled = log_linear_pool(logits, given)
+    torch.testing.assert_close(pooled.detach(), expected.float(), **CLOSE)
+    assert log_normalizer(pooled).isfinite().all()
+
+
+def test_gradients_are_finite_where_tokens_are_ruled_out():
+    logits = [x[:, 0] for x in random_logits(count=2, dtype=torch.float64)]
+    logits[1][:, 2] = -torch.inf
+    kept = [x.requires_grad_() for x in logits]
+    weights = torch.tensor([1.5, -0.5], dtype=torch.float64, requires_grad=True)
+    log_normalizer(log_linear_pool(kept, weights)).sum().backward()
+    # the same from the tokens that are left; they keep their probabilities, so that ruled-out ones of the first count too
+    left = [x.detach()[:, [0, 1, 3, 4, 5, 6]] for x in logits]
+    own = torch.tensor([1.5, -0.5], dtype=torch.float64, requires_grad=True)
+    lost = logits[0].detach().logsumexp(-1) - left[0].logsumexp(-1)
+    (log_normalizer(log_linear_pool(left, own)) - own[0] * lost).sum().backward()
+    torch.testing.assert_close(weights.grad, own.grad)
+    assert all(x.grad.isfinite().all() for x in kept)
+
+
+@pytest.mark.parametrize("weights", [[1.5, -0.5], torch.tensor([1.5, -0.5])], ids=["numbers", "tensor"])
+def test_plausibility_rules_tokens_out_and_leaves_the_sum_of_the_others(weights):
+    logits = [x[:, 0] for x in random_logits(count=2)]
+    expected = by_loop(logits, [1.5, -0.5], plausibility=0.3)
+    assert expected.isneginf().any(-1).all()
+    pooled = log_linear_pool(logits, weights, plausibility=0.3)
+    torch.testing.assert_close(pooled, expected.float(), **CLOSE)
+    torch.testing.assert_close(log_normalizer(pooled), expected.exp().sum(-1).log().float(), **CLOSE)
+
+
+@pytest.mark.parametrize("plausibility", [0.0, 0.1])
+def test_a_component_is_let_go_before_the_next_is_asked_for(plausibility):
     before = []
 
     def components():
@@ -106,7 +171,7 @@ def test_a_component_is_let_go_before_the_next_is_asked_for(pool):
             yield logits
             del logits
 
-    assert pool(components(), torch.tensor([0.2, 0.5, 0.3])).isfinite().any()
+    assert log_linear_pool(components(), torch.tensor([0.2, 0.5, 0.3]), plausibility).isfinite().any()
     assert len(before) == 3
 
 
