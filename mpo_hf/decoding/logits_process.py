@@ -1,8 +1,7 @@
 """Log-linear mixing inside a `generate()` call on a model of the user's own."""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import nn
 from transformers import DynamicCache, LogitsProcessor
 from transformers.cache_utils import Cache
 
-from ..mixture.compat import activate_adapter
 from ..mixture.component_loading import Policy
 from ..mixture.component_traits import crosses_switch
 from ..mixture.configuration_mixture import MixtureComponent
@@ -187,15 +185,14 @@ class MixtureLogitsProcessor(LogitsProcessor):
     def _pooled_others(self, input_ids: torch.LongTensor) -> torch.Tensor:
         tokens = self._mask_padding(input_ids.to(self.others.device))
         cache, kept = self._take_cache(tokens) if self.use_cache else (None, 0)
-        with _adapters_left_alone(self.others.backbones):
-            output = self.others(
-                self._known_ids(tokens[:, kept:]),
-                attention_mask=(tokens != MASKED).long(),
-                cache=cache,
-                use_cache=self.use_cache,
-                logits_to_keep=1,
-                return_dict=True,
-            )
+        output = self.others(
+            self._known_ids(tokens[:, kept:]),
+            attention_mask=(tokens != MASKED).long(),
+            cache=cache,
+            use_cache=self.use_cache,
+            logits_to_keep=1,
+            return_dict=True,
+        )
         if self.use_cache:
             self._cache, self._seen = cache, tokens
             self._prompt_length = self._prompt_length if kept else tokens.shape[1]
@@ -286,19 +283,3 @@ def _match_rows(tokens: torch.LongTensor, seen: torch.LongTensor) -> tuple[torch
     same = tokens[:, None, :length] == seen[None, :, :length]
     lengths, rows = same.cumprod(-1, dtype=torch.uint8).sum(-1).max(-1)
     return rows, int(lengths.min())
-
-
-@contextmanager
-def _adapters_left_alone(backbones: Sequence[nn.Module]) -> Iterator[None]:
-    """Restores the active adapters afterwards: the calling model may be another adapter of one of these models."""
-    adapted = [b for b in backbones if hasattr(b, "get_base_model")]
-    active = [b.active_adapter for b in adapted]
-    # an attribute of PEFT's layers, but a method of its models
-    disabled = [any(getattr(m, "disable_adapters", None) is True for m in b.modules()) for b in adapted]
-    try:
-        yield
-    finally:
-        for k, backbone in enumerate(adapted):
-            activate_adapter(backbone, active[k])
-            if disabled[k]:
-                activate_adapter(backbone, None)

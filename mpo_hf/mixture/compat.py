@@ -120,32 +120,53 @@ def without_peft(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def activate_adapter(model: nn.Module, adapter: str | None) -> None:
+class AdapterSwitch:
     """
-    Makes one adapter of a `PeftModel` the active one, or disables all of them. `requires_grad` stays as it is.
+    Makes one adapter of a `PeftModel` the active one, or disables all of them, and undoes that. `requires_grad` stays as it
+    is.
 
     PEFT's `set_adapter` resets `requires_grad`, by calls that cause graph breaks under torch.compile. LoRA layers need
     only two fields to be set, which is done here; all other adapters go through PEFT.
 
     Args:
-        model (`nn.Module`): a `PeftModel`; nothing happens to others.
-        adapter (`str`, *optional*): name of the adapter; `None` for the base alone.
+        model (`PeftModel`): the model, in the state to go back to.
     """
-    if not hasattr(model, "get_base_model"):
-        return
-    layers = _lora_layers(model)
-    if layers is None:
-        _activate_by_peft(model, adapter)
-        return
-    for layer in layers:
-        layer._disable_adapters = adapter is None
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.layers = _lora_layers(model)
+        self.active = (model.active_adapter, model.base_model.active_adapter)
+        if self.layers is None:
+            # an attribute of PEFT's layers, but a method of its models
+            self.disabled = any(getattr(module, "disable_adapters", None) is True for module in model.modules())
+        else:
+            self.fields = [(layer._active_adapter, layer._disable_adapters) for layer in self.layers]
+
+    def activate(self, adapter: str | None) -> None:
+        """Activates an adapter; with `None`, the base alone remains."""
+        if self.layers is None:
+            _activate_by_peft(self.model, adapter)
+            return
+        for layer in self.layers:
+            layer._disable_adapters = adapter is None
+            if adapter is not None:
+                layer._active_adapter = [adapter]
         if adapter is not None:
-            layer._active_adapter = [adapter]
-    if adapter is not None:
-        model.active_adapter = model.base_model.active_adapter = adapter
+            self.model.active_adapter = self.model.base_model.active_adapter = adapter
+
+    def undo(self) -> None:
+        """Goes back to the adapters that were active before."""
+        if self.layers is None:
+            _activate_by_peft(self.model, self.active[0])
+            if self.disabled:
+                _activate_by_peft(self.model, None)
+            return
+        for layer, before in zip(self.layers, self.fields):
+            layer._active_adapter, layer._disable_adapters = before
+        self.model.active_adapter, self.model.base_model.active_adapter = self.active
 
 
-def _activate_by_peft(model: nn.Module, adapter: str | None) -> None:
+def _activate_by_peft(model: nn.Module, adapter: str | list[str] | None) -> None:
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     if adapter is None:
         model.base_model.disable_adapter_layers()

@@ -1,20 +1,14 @@
 """How the components of a mixture run: one after another, or side by side in one pass."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .compat import (
-    activate_adapter,
-    kinds_without_config,
-    layer_types_of,
-    recomputes_layers,
-    starts_anew,
-    without_peft,
-)
+from .adapter_switching import call_with_adapter, lock_of
+from .compat import kinds_without_config, layer_types_of, recomputes_layers, starts_anew, without_peft
 from .component_loading import PolicyHandle
 from .component_traits import crosses_switch, is_moved_by_padding, starts_with_padding, switch_lengths
 from .configuration_mixture import MixturePolicyConfig
@@ -110,7 +104,11 @@ class ComponentRunningMixin:
         if inputs["position_ids"] is None and (view := next((v for v in views.values() if not v.is_recurrent), None)):
             # some models would go on from positions that they remember from a text they read before
             inputs = {**inputs, "position_ids": positions_by_row(inputs["input_ids"], view.get_seq_length())}
-        groups = self._groups(active, inputs, views, check=not is_step)
+        if torch.compiler.is_compiling():  # of code that is compiled, stacks are made before
+            groups = self._groups(active, inputs, views, check=not is_step)
+        else:
+            with lock_of(cast(nn.Module, self)):  # stacks are made at first use
+                groups = self._groups(active, inputs, views, check=not is_step)
         backbones = self.backbones
         devices = {k: execution_device(backbones[self.policies[k].backbone]) for k in active}
         # copied before anything runs: a copy waits for the work on its source GPU, and would delay other devices
@@ -238,7 +236,7 @@ class ComponentRunningMixin:
             if view.is_recurrent and mask is not None and mask.ndim == 2:
                 # the past of such models is in their state, so that their mask covers the new tokens only
                 inputs["attention_mask"] = inputs["attention_mask"][:, -length:]
-        output = backbone(**inputs, return_dict=True)
+        output = call_with_adapter(backbone, {**inputs, "return_dict": True}, backbone, self.policies[k].adapter)
         for name, collected in extras.items():
             collected.extend(getattr(output, name, None) or ())
         return self._common_logits(output.logits, inputs, keep)
@@ -250,12 +248,9 @@ class ComponentRunningMixin:
         return logits[..., : self.config.vocab_size]
 
     def _ready_policy(self, k: int, inputs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-        """
-        The model that runs component `k`, with its adapter active, and the inputs that it accepts, on its device.
-        """
+        """The model that runs component `k`, and the inputs that it accepts, on its device."""
         handle = self.policies[k]
         backbone = self.backbones[handle.backbone]
-        activate_adapter(backbone, handle.adapter)
         if self.training and torch.is_grad_enabled() and recomputes_layers(backbone) and self._is_shared(handle):
             raise ValueError(
                 "With gradient checkpointing the layers run again when gradients are computed, and then with the adapter "

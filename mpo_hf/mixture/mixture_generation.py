@@ -1,11 +1,13 @@
 """What `generate()` does differently for a mixture: weights for one call, and errors for unsupported modes."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
+    CompileConfig,
     GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
@@ -14,6 +16,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
+from .adapter_switching import held
 from .compat import CACHE_NAME, CACHE_NAMES, has_recurrent_layers, kinds_not_static, pick_cache, without_peft
 from .component_traits import crosses_switch, switch_lengths
 from .configuration_mixture import MixturePolicyConfig
@@ -62,6 +65,15 @@ def why_endless(generation_config: GenerationConfig, config: MixturePolicyConfig
 
 class MixtureGenerationMixin(GenerationMixin):
     """The part of [`MixturePolicyModel`] that `generate()` calls before the first token."""
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
+        compiled = super().get_compiled_call(compile_config)
+
+        def call(*args, **kwargs):
+            with held(self.backbones):  # compiled code switches adapters too, and can hold no lock
+                return compiled(*args, **kwargs)
+
+        return call
 
     def init_continuous_batching(self, *args, **kwargs):
         raise ValueError(NO_PAGED_CACHE)

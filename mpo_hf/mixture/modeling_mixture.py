@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
+from .adapter_switching import held, lock_of
 from .compat import (
     CACHE_NAME,
     correct_parallel_plans,
@@ -208,8 +209,9 @@ class MixturePolicyModel(
         The reference policy as a model of its own, which shares its weights with this one where possible; `None` when
         the mixture has no reference. It is loaded at first use.
         """
-        if self._reference_handle is None and self.config.reference is not None:
-            self._reference_handle = self._load_reference()
+        with lock_of(self):
+            if self._reference_handle is None and self.config.reference is not None:
+                self._reference_handle = self._load_reference()
         if self._reference_handle is None:
             return None
         return self._policy_view(self._reference_handle, self.config.reference)
@@ -235,7 +237,8 @@ class MixturePolicyModel(
         loader.assign(self.config.components, self.config.reference)
         for handle, component in zip(self.policies, self.config.components):
             loader.share(component, handle.backbone)
-        handle = loader.load(self.config.reference)
+        with held(self.backbones):
+            handle = loader.load(self.config.reference)
         # loading an adapter wraps its base, so that earlier backbones may have been replaced
         for i, backbone in enumerate(loader.backbones):
             if i < self._num_backbones:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from .adapter_switching import call_with_adapter
 from .compat import without_peft
 from .component_running import ComponentRunningMixin
 
@@ -83,10 +84,12 @@ class PooledHead(nn.Linear):
         ids = torch.arange(min(8, self.out_features), device=self.mixture.device)[None]
         training = self.mixture.training
         self.mixture.eval()  # dropout would make a difference
-        with torch.no_grad():
-            for k in self.active:
-                self._check_component(k, self.mixture._inputs_for_all(ids, None, None))
-        self.mixture.train(training)
+        try:
+            with torch.no_grad():
+                for k in self.active:
+                    self._check_component(k, self.mixture._inputs_for_all(ids, None, None))
+        finally:
+            self.mixture.train(training)
         self._checked = True
 
     def _check_component(self, k: int, inputs: dict) -> None:
@@ -94,7 +97,7 @@ class PooledHead(nn.Linear):
         linear, hidden = self.linear_of(k), last_hidden_state(self.mixture, k, inputs)
         expected = nn.functional.linear(hidden.to(linear.weight.dtype), linear.weight, linear.bias)
         error = (expected[..., : self.out_features] - logits.to(expected.device)).abs().max()
-        if error > 8 * torch.finfo(expected.dtype).eps * logits.abs().max():
+        if not error <= 8 * torch.finfo(expected.dtype).eps * logits.abs().max():  # NaN is no match either
             raise ValueError(
                 f"{self._component(k)} applies more than a linear layer to its last hidden states: its logits "
                 f"differ from theirs by up to {error:.3g} (soft-capping, or scaled logits?). Trainers that never materialize the "
@@ -144,4 +147,6 @@ class PooledBackbone:
 def last_hidden_state(mixture: ComponentRunningMixin, k: int, inputs: dict) -> torch.Tensor:
     """The input of component `k`'s head, of shape `(batch_size, sequence_length, hidden_size)`."""
     backbone, inputs = mixture._ready_policy(k, inputs)
-    return without_peft(backbone).base_model(**inputs, use_cache=False).last_hidden_state
+    body = without_peft(backbone).base_model
+    inputs = {**inputs, "use_cache": False}
+    return call_with_adapter(body, inputs, backbone, mixture.policies[k].adapter).last_hidden_state
