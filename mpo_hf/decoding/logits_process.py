@@ -1,6 +1,7 @@
 """Log-linear mixing inside a `generate()` call on a model of the user's own."""
 
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,17 @@ MASKED = -1  # replaces tokens under the attention mask
 CROPPABLE_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
+class _Held(threading.local):
+    """What a processor keeps between two steps, for each thread that generates."""
+
+    cache: Cache | None = None
+    seen: torch.Tensor | None = None  # the tokens in the cache, with padding masked
+    prompt_length: int = 0
+
+    def __reduce__(self) -> tuple:
+        return _Held, ()  # a copy starts anew
+
+
 class MixtureLogitsProcessor(LogitsProcessor):
     r"""
     [`~transformers.LogitsProcessor`] that mixes the calling model log-linearly with other policies,
@@ -30,7 +42,8 @@ class MixtureLogitsProcessor(LogitsProcessor):
 
     The processor keeps keys and values of the other policies, and compares the token ids of each step with those of
     the last one: the cache is extended, reordered for beams, cropped when drafted tokens are rejected, or recomputed
-    for a new prompt. So one processor can be used for many calls, one after another. Drafts save time of the calling
+    for a new prompt. So one processor can be used for many calls, also from several threads, each of which has a cache of
+    its own. Drafts save time of the calling
     model only.
 
     `generate()` does not pass its attention mask to processors: for left-padded prompts pass `attention_mask` or
@@ -156,9 +169,7 @@ class MixtureLogitsProcessor(LogitsProcessor):
         Discards keys and values of earlier calls, and frees their memory. Needed only after the parameters of the
         other policies have changed. The attention mask is kept.
         """
-        self._cache: Cache | None = None
-        self._seen: torch.Tensor | None = None  # the tokens in the cache, with padding masked
-        self._prompt_length = 0
+        self._held = _Held()
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -194,8 +205,9 @@ class MixtureLogitsProcessor(LogitsProcessor):
             return_dict=True,
         )
         if self.use_cache:
-            self._cache, self._seen = cache, tokens
-            self._prompt_length = self._prompt_length if kept else tokens.shape[1]
+            held = self._held
+            held.cache, held.seen = cache, tokens
+            held.prompt_length = held.prompt_length if kept else tokens.shape[1]
         return output.logits[:, -1]
 
     def _known_ids(self, tokens: torch.LongTensor) -> torch.LongTensor:
@@ -241,8 +253,9 @@ class MixtureLogitsProcessor(LogitsProcessor):
 
     def _take_cache(self, tokens: torch.LongTensor) -> tuple[Cache, int]:
         """A cache for the rows of `tokens`, and the number of tokens that it holds, at most all but the last."""
-        cache, seen, prompt_length = self._cache, self._seen, self._prompt_length
-        self.reset()  # if the next forward pass is interrupted, its cache is not used again
+        held = self._held
+        cache, seen, prompt_length = held.cache, held.seen, held.prompt_length
+        held.cache = held.seen = None  # if the next forward pass is interrupted, its cache is not used again
         if cache is None:
             return self._new_cache(), 0
         rows, kept = _match_rows(tokens, seen)
@@ -258,7 +271,6 @@ class MixtureLogitsProcessor(LogitsProcessor):
         positions, new = (tokens != MASKED).long().cumsum(-1) - 1, tokens.shape[1] - kept
         if any(crosses_switch(model, positions, new, cache) for model in self.others.backbones):
             return self._new_cache(), 0
-        self._prompt_length = prompt_length
         return cache, kept
 
     def _new_cache(self) -> Cache:

@@ -12,6 +12,7 @@ with the mixture as its proposal.
 """
 
 import math
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -244,11 +245,17 @@ class _UndoNormalization(LogitsProcessor):
 
     log_z: torch.Tensor
 
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+
     def remember(self, model: MixturePolicyModel, args: tuple, output: CausalLMOutputWithPast) -> None:
-        self.log_z = output.logits[:, -1].logsumexp(-1, keepdim=True)
+        if threading.get_ident() == self._thread:  # other threads may use the model too
+            self.log_z = output.logits[:, -1].logsumexp(-1, keepdim=True)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        return scores + self.log_z.to(scores.device)
+        log_z = self.log_z.to(scores.device)
+        # of a beam that no token may follow, log_softmax is NaN
+        return (scores + log_z).masked_fill(torch.isneginf(log_z), -torch.inf)
 
 
 def _check_is_mixture(model: MixturePolicyModel) -> None:

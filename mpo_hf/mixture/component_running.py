@@ -1,7 +1,7 @@
 """How the components of a mixture run: one after another, or side by side in one pass."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,6 +44,7 @@ class ComponentRunningMixin:
     policies: list[PolicyHandle]
     stack_adapters: bool
     stack_models: bool
+    pooled_head: nn.Module
     _stacks: dict[int, AdapterStacks]
     _model_stacks: ModelStacks
 
@@ -107,7 +108,7 @@ class ComponentRunningMixin:
         if torch.compiler.is_compiling():  # of code that is compiled, stacks are made before
             groups = self._groups(active, inputs, views, check=not is_step)
         else:
-            with lock_of(cast(nn.Module, self)):  # stacks are made at first use
+            with lock_of(self.pooled_head):  # stacks are made at first use; shallow copies of a mixture share them
                 groups = self._groups(active, inputs, views, check=not is_step)
         backbones = self.backbones
         devices = {k: execution_device(backbones[self.policies[k].backbone]) for k in active}
@@ -194,6 +195,10 @@ class ComponentRunningMixin:
         over one base and, with `stack_models`, full models of one architecture. All others run one after another, with
         the same results; the reason is logged at level `info`.
         """
+        with lock_of(self.pooled_head):
+            return self._stacked_components()
+
+    def _stacked_components(self) -> list[list[int]]:
         found = []
         for index in range(self._num_backbones) if self.stack_adapters else ():
             group = self._stackable(index, range(len(self.policies)))

@@ -209,7 +209,7 @@ class MixturePolicyModel(
         The reference policy as a model of its own, which shares its weights with this one where possible; `None` when
         the mixture has no reference. It is loaded at first use.
         """
-        with lock_of(self):
+        with lock_of(self.pooled_head):
             if self._reference_handle is None and self.config.reference is not None:
                 self._reference_handle = self._load_reference()
         if self._reference_handle is None:

@@ -1,7 +1,7 @@
 """Sampling completions from a policy, with the log-probabilities of what is drawn."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,25 +86,15 @@ def _sum(steps: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
     return sum_over_tokens(torch.stack([logps.to(mask.device) for logps in steps], dim=-1), mask)
 
 
-@contextmanager
-def _generation_config(model: MixturePolicyModel, config: GenerationConfig) -> Iterator[None]:
-    """Replaces the model's own generation config, which would otherwise set every option that ours leaves unset."""
-    own = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-@contextmanager
-def _component_hook(model: MixturePolicyModel, hook: Callable) -> Iterator[None]:
-    """Passes the logits of a mixture's components through a hook."""
-    model.component_hook = hook if len(model.policies) > 1 else None
-    try:
-        yield
-    finally:
-        model.component_hook = None
+def _for_one_call(model: MixturePolicyModel, config: GenerationConfig, hook: Callable) -> MixturePolicyModel:
+    """
+    A view of a model with a generation config and a hook of its own, which nobody else who uses the model sees. The model's
+    own generation config would set every option that ours leaves unset.
+    """
+    view = copy.copy(model)
+    view.generation_config = config
+    view.component_hook = hook if len(model.policies) > 1 else None
+    return view
 
 
 @torch.no_grad()
@@ -169,8 +159,8 @@ def sample_completions(
     weights = kwargs.get("mixture_weights", policy.mixture_weights)
     normalizers = NormalizerSums(torch.as_tensor(weights), temperature, len(padded)) if with_normalizers else None
     recorder = _LogpsRecorder(temperature, normalizers, on_token)
-    with _generation_config(policy, config), _component_hook(policy, recorder.watch):
-        sequences = policy.generate(padded, attention_mask=mask, logits_processor=[recorder], **kwargs)
+    view = _for_one_call(policy, config, recorder.watch)
+    sequences = view.generate(padded, attention_mask=mask, logits_processor=[recorder], **kwargs)
     completion_ids = sequences[:, padded.shape[1] :]
     completion_mask = _mask_after_end(completion_ids, eos_token_id)
     logps = recorder.finish(sequences, completion_mask, len(policy.policies))

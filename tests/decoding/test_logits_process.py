@@ -499,7 +499,7 @@ def test_reset_frees_the_cache_and_forgets_old_weights(policy):
     output = torch.tensor(generate(policy, inputs, processor, min_new_tokens=9))
     other.load_state_dict(make_gpt2(7).state_dict())
     processor.reset()
-    assert processor._cache is None and processor._seen is None
+    assert processor._held.cache is None and processor._held.seen is None
     scores = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0))
     expected = MixtureLogitsProcessor([other], WEIGHTS[1])(output, scores)
     assert torch.equal(processor(output, scores), expected)
