@@ -69,12 +69,13 @@ OVERRIDDEN = {
     "MPOTrainer": "accelerator args compute_loss create_model_card create_optimizer evaluation_loop floating_point_ops "
     "get_eval_dataloader get_test_dataloader get_train_dataloader init_hf_repo log model model_accepts_loss_kwargs "
     "optimizer prediction_step push_to_hub save_model train",
-    "MixtureGenerationMixin": "create_masks_for_generate init_continuous_batching prepare_inputs_for_generation",
+    "MixtureGenerationMixin": "create_masks_for_generate get_compiled_call init_continuous_batching "
+    "prepare_inputs_for_generation",
     "MixtureLogitsProcessor": "supports_continuous_batching",
     "MixturePolicyConfig": "from_dict hidden_size layer_types max_position_embeddings model_type num_attention_heads "
     "num_hidden_layers per_layer_config sub_configs to_dict",
     "MixturePolicyModel": "_is_stateful all_tied_weights_keys base_model base_model_prefix config config_class "
-    "create_masks_for_generate device forward from_pretrained get_expanded_tied_weights_keys get_input_embeddings "
+    "create_masks_for_generate device forward from_pretrained get_compiled_call get_expanded_tied_weights_keys get_input_embeddings "
     "get_output_embeddings hf_device_map init_continuous_batching init_parallel_plans init_weights loss_type "
     "main_input_name prepare_inputs_for_generation push_to_hub resize_token_embeddings save_pretrained "
     "set_input_embeddings supports_gradient_checkpointing to train",
@@ -136,8 +137,9 @@ MENTIONED = {
     "tqdm.std.tqdm": "desc",
     "transformers.GenerationConfig": "do_sample eos_token_id max_new_tokens pad_token_id temperature top_k",
     "transformers.GenerationConfig.from_pretrained": HUB,
-    "transformers.GenerationMixin": "_is_user_defined _mask_length _pad_token_tensor assistant_model assistant_tokenizer "
-    "attention_mask hf_quantizer inputs_embeds is_assistant is_compileable next_sequence_length output_modalities",
+    "transformers.GenerationMixin": "_eos_token_tensor _is_user_defined _mask_length _pad_token_tensor assistant_model "
+    "assistant_tokenizer attention_mask hf_quantizer inputs_embeds is_assistant is_compileable next_sequence_length "
+    "output_modalities",
     "transformers.PreTrainedConfig": f"_commit_hash attn_implementation num_labels {HUB}",
     "transformers.PreTrainedModel": "hf_device_map quantization_config tie_word_embeddings",
     "transformers.PreTrainedModel.from_pretrained": "adapter_kwargs attn_implementation config device_map dtype "
@@ -159,7 +161,10 @@ MENTIONED = {
     "transformers.utils.hub.cached_files": f"_raise_exceptions_for_missing_entries {HUB}",
 }
 # Names that are not theirs, nor defined in code: arguments, options, variables of a template, metadata that the Hub reads.
-OURS = "base_model_relation citation component_kwargs count debug fit loading name policies prune_below reconfigure"
+OURS = (
+    "base_model_relation citation component_kwargs component_peaks count debug fit loading name policies prune_below "
+    "reconfigure"
+)
 
 # Inputs that components are run with, and which of them some have not. Those of `IN_KWARGS` decorators of Transformers know.
 FORWARD = f"attention_mask input_ids logits_to_keep position_ids use_cache {CACHE_NAME}"

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from ..mixture.component_loading import Policy
 from ..mixture.component_traits import crosses_switch
 from ..mixture.configuration_mixture import MixtureComponent
+from ..mixture.invalid_logits import check_numbers
 from ..mixture.mixture_weights import check_mixture_weights
 from ..mixture.modeling_mixture import MixturePolicyModel
 from ..mixture.pooling import log_linear_pool
@@ -180,9 +181,17 @@ class MixtureLogitsProcessor(LogitsProcessor):
         if self._pool_weights[1] != 0:
             terms.append(self._pooled_others(input_ids)[..., : self.vocab_size])
         pooled = log_linear_pool(terms, self._pool_weights)
+        check_numbers(pooled, {0: own.amax(-1)}, ["calling model"])
         # a weight <= 0 would let excluded tokens back in
         pooled = pooled.masked_fill(torch.isneginf(own), -torch.inf)
-        logps = torch.log_softmax(pooled, dim=-1)  # beam search sums scores without normalizing them
+        stuck = torch.isneginf(pooled.amax(-1, keepdim=True))
+        if stuck.all():
+            raise ValueError(
+                f"The policies rule out every token between them (scores of -inf) after {input_ids.shape[1]} tokens, so that the "
+                "mixture cannot go on. Let all of them, and the processors before this one, allow the same tokens."
+            )
+        # beam search sums scores without normalizing them
+        logps = torch.log_softmax(pooled, dim=-1).masked_fill(stuck, -torch.inf)
         return nn.functional.pad(logps, (0, scores.shape[-1] - self.vocab_size), value=-torch.inf)
 
     def _check_vocabulary(self, scores: torch.Tensor) -> None:
@@ -208,7 +217,9 @@ class MixtureLogitsProcessor(LogitsProcessor):
             held = self._held
             held.cache, held.seen = cache, tokens
             held.prompt_length = held.prompt_length if kept else tokens.shape[1]
-        return output.logits[:, -1]
+        logits = output.logits[:, -1]
+        check_numbers(logits, getattr(output, "component_peaks", {}), self.others.config.labels)
+        return logits
 
     def _known_ids(self, tokens: torch.LongTensor) -> torch.LongTensor:
         """Replaces ids that the other policies have no embedding for, which are allowed as padding only."""

@@ -33,6 +33,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..estimation.objectives import effective_sample_size
 from ..mixture.compat import CACHE_NAME
 from ..mixture.configuration_mixture import MixturePolicyConfig
+from ..mixture.invalid_logits import NoTokenLeft
 from ..mixture.modeling_mixture import MixturePolicyModel
 
 
@@ -147,6 +148,8 @@ def sequential_monte_carlo(
     _check_range("proposal_temperature", proposal_temperature, 0 < proposal_temperature < math.inf, "positive")
     copies = generation_config.num_return_sequences
     _check_generation_config(generation_config, model_kwargs.get(CACHE_NAME))
+    # particles may end where no token is left
+    logits_processor = LogitsProcessorList(p for p in logits_processor if type(p).__name__ != NoTokenLeft.__name__)
     _check_processors(logits_processor)
 
     input_ids, model_kwargs = _one_row_a_prompt(input_ids, model_kwargs, copies)

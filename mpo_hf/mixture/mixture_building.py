@@ -31,13 +31,27 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
+class _Inner:
+    """What a mixture that is flattened into its components says beside them."""
+
+    vocab_size: int
+    plausibility: float
+    generation_config: GenerationConfig | None
+    reference: tuple[MixtureComponent, PolicyHandle | None] | None
+
+
+@dataclass
 class _Entry:
-    """A future component of a mixture: in memory already (`handle`), or described by its `component` only."""
+    """
+    A future component of a mixture: in memory already (`handle`), or described by its `component` only; from an `inner`
+    mixture or not.
+    """
 
     component: MixtureComponent
     config: PreTrainedConfig
     weight: float = 1.0
     handle: PolicyHandle | None = None
+    inner: _Inner | None = None
 
 
 def build_mixture(
@@ -48,6 +62,7 @@ def build_mixture(
     labels: Sequence[str] | None,
     vocab_size: int | None,
     allow_off_simplex: bool,
+    plausibility: float,
     load_kwargs: dict[str, Any],
 ):
     """See [`MixturePolicyModel.from_policies`]."""
@@ -62,7 +77,8 @@ def build_mixture(
         raise ValueError(f"Got {len(labels)} labels for {len(policies)} policies.")
 
     loader = ComponentLoader(load_kwargs)
-    entries = []
+    entries: list[_Entry] = []
+    groups = []
     for i, (policy, weight) in enumerate(zip(policies, checked.tolist())):
         expanded = _expand(cls, policy, loader)
         for entry in expanded:
@@ -70,20 +86,56 @@ def build_mixture(
         if labels is not None and len(expanded) == 1:
             expanded[0].component = replace(expanded[0].component, label=labels[i])
         entries.extend(expanded)
+        groups.append(expanded)
 
+    plausibility = _check_plausibility(groups, plausibility)
     reference_entry = _describe_reference(cls, reference, entries, loader)
     config = MixturePolicyConfig(
         components=[entry.component for entry in entries],
         mixture_weights=[entry.weight for entry in entries],
-        reference=None if reference_entry is None or reference_entry.handle else reference_entry.component,
+        reference=None if reference_entry is None or _is_in_memory(reference_entry) else reference_entry.component,
         component_configs=[entry.config for entry in entries],
         vocab_size=_check_vocabulary(loader, entries, reference_entry, vocab_size),
         allow_off_simplex=allow_off_simplex,
+        plausibility=plausibility,
     )
     model = _assemble(cls, config, entries, loader, reference_entry and reference_entry.handle)
+    if (inner := entries[0].inner) is not None and inner.generation_config is not None:
+        model.generation_config = (
+            copy.deepcopy(inner.generation_config) if len(groups) == 1 else without_weights(inner.generation_config)
+        )
     if reason := why_endless(model.generation_config, config):
         logger.warning(reason)
     return model
+
+
+def without_weights(config: GenerationConfig) -> GenerationConfig:
+    """A copy of a mixture's generation config without what is about its own weights, for other components."""
+    config = copy.deepcopy(config)
+    for name in ("mixture_weights", "prune_below"):
+        config.__dict__.pop(name, None)
+    return config
+
+
+def _check_plausibility(groups: Sequence[Sequence[_Entry]], plausibility: float) -> float:
+    """The plausibility of a mixture of policies, each with its components: it is judged by the first component."""
+    inner = [group[0].inner.plausibility if group[0].inner is not None else 0.0 for group in groups]
+    if behind := [i for i, value in enumerate(inner) if value and i]:
+        raise ValueError(
+            f"The policy {behind[0]} is a mixture with `plausibility={inner[behind[0]]}`, which the first component of a mixture "
+            "judges. Put this policy first, one such mixture at most, or set its `config.plausibility = 0` if you mean to mix it "
+            "without."
+        )
+    if plausibility and (inner[0] or len(groups[0]) > 1):
+        raise ValueError(
+            f"`plausibility={plausibility}` is judged by one policy, but the first one here is a mixture of {len(groups[0])} "
+            f"with `plausibility={inner[0]}`. Pass a single policy, or `plausibility=0`."
+        )
+    return plausibility or inner[0]
+
+
+def _is_in_memory(entry: _Entry) -> bool:
+    return entry.handle is not None and entry.component.name_or_path is None
 
 
 def read_mixture_config(
@@ -167,8 +219,14 @@ def _expand(cls, policy: Policy, loader: ComponentLoader) -> list[_Entry]:
         model = cls.from_pretrained(component.name_or_path, **component.location.kwargs, **loader.load_kwargs)
         return _expand_module(model, loader)
     location = (component.name_or_path, component.revision, component.subfolder)
-    inner = [resolve_relative(c, *location) for c in config.components]
-    return [_Entry(c, _read_policy_config(loader, c), weight) for c, weight in zip(inner, config.mixture_weights)]
+    generation_config = _read_generation_config(*location, dict(loader.load_kwargs))
+    reference = None if config.reference is None else resolve_relative(config.reference, *location)
+    inner = _Inner(config.vocab_size, config.plausibility, generation_config, reference and (reference, None))
+    components = [resolve_relative(c, *location) for c in config.components]
+    return [
+        _Entry(c, _read_policy_config(loader, c), weight, inner=inner)
+        for c, weight in zip(components, config.mixture_weights)
+    ]
 
 
 def _read_policy_config(loader: ComponentLoader, component: MixtureComponent) -> PreTrainedConfig:
@@ -185,13 +243,7 @@ def _expand_module(model: nn.Module, loader: ComponentLoader) -> list[_Entry]:
     if not isinstance(model, PreTrainedModel) and not hasattr(model, "get_base_model"):
         raise ValueError(f"A policy in memory must be a PreTrainedModel or a PeftModel, got {type(model).__name__}.")
     if getattr(model.config, "model_type", None) == MixturePolicyConfig.model_type:
-        inner = zip(
-            model.config.components, model.config.component_configs, model.config.mixture_weights, model.policies
-        )
-        return [
-            _Entry(c, config, weight, PolicyHandle(loader.add(model.backbones[handle.backbone]), handle.adapter))
-            for c, config, weight, handle in inner
-        ]
+        return _expand_mixture(model, loader)
     check_decoder(model, type(model).__name__)
     adapter = model.active_adapter if hasattr(model, "get_base_model") else None
     if adapter is not None:
@@ -199,9 +251,33 @@ def _expand_module(model: nn.Module, loader: ComponentLoader) -> list[_Entry]:
     return [_Entry(MixtureComponent(), model.config, handle=PolicyHandle(loader.add(model), adapter))]
 
 
+def _expand_mixture(model: nn.Module, loader: ComponentLoader) -> list[_Entry]:
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "An adapter lies over this mixture as a whole, and would be lost among its components. Merge it "
+            "(`merge_and_unload()`), or mix the mixture without it (`unload()`)."
+        )
+
+    def add(handle: PolicyHandle) -> PolicyHandle:
+        return PolicyHandle(loader.add(model.backbones[handle.backbone]), handle.adapter)
+
+    config, handle = model.config, model._reference_handle
+    reference = None
+    if handle is not None or config.reference is not None:
+        reference = config.reference or MixtureComponent(), handle and add(handle)
+    inner = _Inner(config.vocab_size, config.plausibility, model.generation_config, reference)
+    parts = zip(config.components, config.component_configs, config.mixture_weights, model.policies)
+    return [_Entry(c, own, weight, add(handle), inner) for c, own, weight, handle in parts]
+
+
 def _describe_reference(
     cls, reference: Policy | None, entries: Sequence[_Entry], loader: ComponentLoader
 ) -> _Entry | None:
+    inherited = [entry.inner and entry.inner.reference for entry in entries]
+    if reference is None and inherited[0] is not None and all(other == inherited[0] for other in inherited):
+        component, handle = inherited[0]
+        config = loader.backbones[handle.backbone].config if handle else _read_policy_config(loader, component)
+        return _Entry(component, config, handle=handle)
     if reference is None:
         bases = {entry.component.checkpoint for entry in entries}
         if len(bases) > 1 or any(entry.component.adapter is None for entry in entries):
@@ -220,6 +296,8 @@ def _check_vocabulary(
     every = [*entries, reference] if reference is not None else list(entries)
     names = [entry.component.label or entry.component.source for entry in every]
     sizes = [entry.config.get_text_config(decoder=True).vocab_size for entry in every]
+    # an inner mixture may have been told that fewer ids are common
+    sizes = [min(size, entry.inner.vocab_size) if entry.inner else size for size, entry in zip(sizes, every)]
     return compare_vocabularies(loader, [entry.component for entry in every], names, sizes, vocab_size)
 
 

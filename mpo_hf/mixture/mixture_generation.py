@@ -15,11 +15,13 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
+from transformers.utils import ModelOutput
 
 from .adapter_switching import held
 from .compat import CACHE_NAME, CACHE_NAMES, has_recurrent_layers, kinds_not_static, pick_cache, without_peft
 from .component_traits import crosses_switch, switch_lengths
 from .configuration_mixture import MixturePolicyConfig
+from .invalid_logits import NoTokenLeft, check_numbers
 from .mixture_cache import bind_cache, check_cache, check_room
 from .mixture_inputs import positions_from_mask
 from .mixture_weights import check_mixture_weights, prune_mixture_weights
@@ -222,14 +224,29 @@ class MixtureGenerationMixin(GenerationMixin):
             )
         return input_ids, model_kwargs
 
-    def _get_logits_processor(self, *args, model_kwargs: dict[str, Any] | None = None, **kwargs):
-        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
+    def _get_logits_processor(
+        self,
+        generation_config: GenerationConfig,
+        input_ids_seq_length: int | None = None,
+        *args,
+        model_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        processors = super()._get_logits_processor(
+            generation_config, input_ids_seq_length, *args, model_kwargs=model_kwargs, **kwargs
+        )
         weights = (model_kwargs or {}).get("mixture_weights")
         for processor in processors:
             # guidance runs the model a second time, which must be with the same weights
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) and processor.model is self:
                 processor.model = functools.partial(self, mixture_weights=weights)
+        ends, beams = generation_config._eos_token_tensor, generation_config.num_beams or 1
+        processors.insert(0, NoTokenLeft(input_ids_seq_length or 0, ends, beams))
         return processors
+
+    def _update_model_kwargs_for_generation(self, outputs: ModelOutput, *args, **kwargs) -> dict[str, Any]:
+        check_numbers(outputs.logits[:, -1], getattr(outputs, "component_peaks", {}), self.config.labels)
+        return super()._update_model_kwargs_for_generation(outputs, *args, **kwargs)
 
     def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
         # the weights of a call are for the target; an assistant has its own, or none

@@ -1,6 +1,5 @@
 """A log-linear mixture of causal language models that is itself a causal language model."""
 
-import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,7 +25,8 @@ from .component_loading import ComponentLoader, Policy, PolicyHandle, check_deco
 from .component_running import ComponentRunningMixin
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig
 from .hub import PUSH_ARGUMENTS, MixtureSharingMixin, code_alongside
-from .mixture_building import build_mixture, load_mixture, read_mixture_config
+from .invalid_logits import watch_peaks
+from .mixture_building import build_mixture, load_mixture, read_mixture_config, without_weights
 from .mixture_cache import StepCache
 from .mixture_generation import MixtureGenerationMixin
 from .mixture_inputs import execution_device
@@ -229,7 +229,7 @@ class MixturePolicyModel(
             **{name: getattr(self.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         )
         view = MixturePolicyModel(config, [backbone], [PolicyHandle(0, handle.adapter)])
-        view.generation_config = copy.deepcopy(self.generation_config)
+        view.generation_config = without_weights(self.generation_config)
         return view.eval()
 
     def _load_reference(self) -> PolicyHandle:
@@ -326,6 +326,9 @@ class MixturePolicyModel(
         component_logits = self._component_logits(active, inputs, views, extras)
         if self.component_hook is not None:
             component_logits = self.component_hook(active, component_logits)
+        peaks: dict[int, torch.Tensor] = {}
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            component_logits = watch_peaks(active, component_logits, peaks)
         logits = log_linear_pool(component_logits, [weights[k] for k in active], config.plausibility)
         loss = None
         if labels is not None:
@@ -337,6 +340,8 @@ class MixturePolicyModel(
             hidden_states=_keep_layers(extras["hidden_states"], output_hidden_states) or None,
             attentions=tuple(extras["attentions"]) or None,
         )
+        if peaks:
+            vars(output)["component_peaks"] = peaks  # no field of the output: read by `generate` only
         return output if return_dict else output.to_tuple()
 
     def _weights_for(
@@ -418,6 +423,7 @@ class MixturePolicyModel(
         labels: Sequence[str] | None = None,
         vocab_size: int | None = None,
         allow_off_simplex: bool = False,
+        plausibility: float = 0.0,
         **kwargs,
     ) -> "MixturePolicyModel":
         r"""
@@ -427,11 +433,13 @@ class MixturePolicyModel(
             policies (`Sequence`):
                 The policies, each one of: a repo id or folder of a causal language model or of a PEFT adapter; a
                 dictionary or [`MixtureComponent`] with its revision, subfolder, adapter and so on; a model in memory.
-                Mixtures among them are flattened into their components.
+                Mixtures among them are flattened into their components, which keep their labels. A vocabulary that is
+                claimed for such a mixture, and the plausibility of the first policy, hold for all.
             weights (`Sequence[float]`, *optional*):
                 Mixture weights, one a policy, >= 0 with sum 1. Defaults to uniform weights.
             reference (*optional*):
-                The reference policy, given like a policy. Defaults to the base when all policies are adapters over one.
+                The reference policy, given like a policy. Defaults to the base when all policies are adapters over one,
+                and to that of the mixtures when all policies are mixtures with the same one.
             labels (`Sequence[str]`, *optional*):
                 Names of the objectives, one a policy.
             vocab_size (`int`, *optional*):
@@ -439,6 +447,9 @@ class MixturePolicyModel(
                 tokenizers, and needed only for models in memory whose vocabularies differ in size.
             allow_off_simplex (`bool`, *optional*, defaults to `False`):
                 Whether to accept negative weights and sums other than 1.
+            plausibility (`float`, *optional*, defaults to 0.0):
+                Excludes tokens whose probability under the first policy, which must not be a mixture of several, is less
+                than this fraction of that of its most likely token; see [`MixturePolicyModel.from_contrast`].
             kwargs:
                 Arguments of every component's `from_pretrained`: `dtype`, `device_map`, `token` and so on. Those that
                 differ between components, such as `revision`, belong in their dictionaries. `attn_implementation`,
@@ -465,7 +476,9 @@ class MixturePolicyModel(
         ```
         """
         attention = _take_attention_by_component(kwargs)
-        model = build_mixture(cls, policies, weights, reference, labels, vocab_size, allow_off_simplex, kwargs)
+        model = build_mixture(
+            cls, policies, weights, reference, labels, vocab_size, allow_off_simplex, plausibility, kwargs
+        )
         if attention:
             model.set_attn_implementation(attention)
         return model

@@ -97,10 +97,11 @@ class PooledHead(nn.Linear):
         linear, hidden = self.linear_of(k), last_hidden_state(self.mixture, k, inputs)
         expected = nn.functional.linear(hidden.to(linear.weight.dtype), linear.weight, linear.bias)
         error = (expected[..., : self.out_features] - logits.to(expected.device)).abs().max()
-        if not error <= 8 * torch.finfo(expected.dtype).eps * logits.abs().max():  # NaN is no match either
+        # by the head's own, as logits of -inf would allow any error; NaN is no match
+        if not error <= 8 * torch.finfo(expected.dtype).eps * expected.abs().max():
             raise ValueError(
                 f"{self._component(k)} applies more than a linear layer to its last hidden states: its logits "
-                f"differ from theirs by up to {error:.3g} (soft-capping, or scaled logits?). Trainers that never materialize the "
+                f"differ from theirs by up to {error:.3g} (soft-capping, scaled or masked logits?). Trainers that never materialize the "
                 "logits cannot take such a mixture. TRL's GKDTrainer does materialize them."
             )
 

@@ -62,8 +62,6 @@ class PresetMixin:
                 unlikely under both policies could win by their ratio.
             kwargs: see [`~MixturePolicyModel.from_policies`].
         """
-        kwargs = {"labels": ["expert", "amateur"], **kwargs}
+        kwargs = {"labels": ["expert", "amateur"], "plausibility": plausibility, **kwargs}
         weights = [1 + penalty, -penalty]
-        model = cls.from_policies([expert, amateur], weights, allow_off_simplex=True, **kwargs)
-        model.config.plausibility = plausibility
-        return model
+        return cls.from_policies([expert, amateur], weights, allow_off_simplex=True, **kwargs)
