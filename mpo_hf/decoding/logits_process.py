@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from ..mixture.component_loading import Policy
 from ..mixture.component_traits import crosses_switch
 from ..mixture.configuration_mixture import MixtureComponent
-from ..mixture.invalid_logits import check_numbers
+from ..mixture.invalid_logits import check_numbers, peaks_of
 from ..mixture.mixture_weights import check_mixture_weights
 from ..mixture.modeling_mixture import MixturePolicyModel
 from ..mixture.pooling import log_linear_pool
@@ -218,7 +218,7 @@ class MixtureLogitsProcessor(LogitsProcessor):
             held.cache, held.seen = cache, tokens
             held.prompt_length = held.prompt_length if kept else tokens.shape[1]
         logits = output.logits[:, -1]
-        check_numbers(logits, getattr(output, "component_peaks", {}), self.others.config.labels)
+        check_numbers(logits, peaks_of(output), self.others.config.labels)
         return logits
 
     def _known_ids(self, tokens: torch.LongTensor) -> torch.LongTensor:

@@ -1,6 +1,7 @@
 """Logits that no token can be drawn from. Decoding would go on with token 0, or fail without a reason."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import LogitsProcessor
@@ -18,6 +19,16 @@ def watch_peaks(
             peaks[k] = component_logits[:, -1].amax(-1)
         yield component_logits
         del component_logits  # before the next one is computed
+
+
+def keep_peaks(output: Any, peaks: dict[int, torch.Tensor]) -> None:
+    """Puts what [`watch_peaks`] recorded beside the fields of a model's output, for `generate` to read."""
+    vars(output)["component_peaks"] = peaks
+
+
+def peaks_of(output: Any) -> dict[int, torch.Tensor]:
+    """What [`watch_peaks`] recorded for an output; nothing for that of compiled code."""
+    return vars(output).get("component_peaks", {})
 
 
 def check_numbers(logits: torch.Tensor, peaks: Mapping[int, torch.Tensor], labels: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from .adapter_switching import held
 from .compat import CACHE_NAME, CACHE_NAMES, has_recurrent_layers, kinds_not_static, pick_cache, without_peft
 from .component_traits import crosses_switch, switch_lengths
 from .configuration_mixture import MixturePolicyConfig
-from .invalid_logits import NoTokenLeft, check_numbers
+from .invalid_logits import NoTokenLeft, check_numbers, peaks_of
 from .mixture_cache import bind_cache, check_cache, check_room
 from .mixture_inputs import positions_from_mask
 from .mixture_weights import check_mixture_weights, prune_mixture_weights
@@ -245,7 +245,7 @@ class MixtureGenerationMixin(GenerationMixin):
         return processors
 
     def _update_model_kwargs_for_generation(self, outputs: ModelOutput, *args, **kwargs) -> dict[str, Any]:
-        check_numbers(outputs.logits[:, -1], getattr(outputs, "component_peaks", {}), self.config.labels)
+        check_numbers(outputs.logits[:, -1], peaks_of(outputs), self.config.labels)
         return super()._update_model_kwargs_for_generation(outputs, *args, **kwargs)
 
     def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):

@@ -25,7 +25,7 @@ from .component_loading import ComponentLoader, Policy, PolicyHandle, check_deco
 from .component_running import ComponentRunningMixin
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig
 from .hub import PUSH_ARGUMENTS, MixtureSharingMixin, code_alongside
-from .invalid_logits import watch_peaks
+from .invalid_logits import keep_peaks, watch_peaks
 from .mixture_building import build_mixture, load_mixture, read_mixture_config, without_weights
 from .mixture_cache import StepCache
 from .mixture_generation import MixtureGenerationMixin
@@ -340,8 +340,8 @@ class MixturePolicyModel(
             hidden_states=_keep_layers(extras["hidden_states"], output_hidden_states) or None,
             attentions=tuple(extras["attentions"]) or None,
         )
-        if peaks:
-            vars(output)["component_peaks"] = peaks  # no field of the output: read by `generate` only
+        if not torch.compiler.is_compiling():
+            keep_peaks(output, peaks)
         return output if return_dict else output.to_tuple()
 
     def _weights_for(
