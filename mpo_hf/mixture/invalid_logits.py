@@ -14,7 +14,7 @@ def watch_peaks(
     Passes on the logits of components, and records the highest of each row's last position, which shows later whether the
     component was to blame.
     """
-    for k, component_logits in zip(active, logits):
+    for k, component_logits in zip(active, logits, strict=True):  # strict, so that the components come to their end
         if component_logits.shape[1]:
             peaks[k] = component_logits[:, -1].amax(-1)
         yield component_logits

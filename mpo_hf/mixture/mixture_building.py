@@ -34,7 +34,7 @@ logger = logging.get_logger(__name__)
 class _Inner:
     """What a mixture that is flattened into its components says beside them."""
 
-    vocab_size: int
+    vocab_size: int | None
     plausibility: float
     generation_config: GenerationConfig | None
     reference: tuple[MixtureComponent, PolicyHandle | None] | None
@@ -297,7 +297,7 @@ def _check_vocabulary(
     names = [entry.component.label or entry.component.source for entry in every]
     sizes = [entry.config.get_text_config(decoder=True).vocab_size for entry in every]
     # an inner mixture may have been told that fewer ids are common
-    sizes = [min(size, entry.inner.vocab_size) if entry.inner else size for size, entry in zip(sizes, every)]
+    sizes = [min(size, entry.inner and entry.inner.vocab_size or size) for size, entry in zip(sizes, every)]
     return compare_vocabularies(loader, [entry.component for entry in every], names, sizes, vocab_size)
 
 

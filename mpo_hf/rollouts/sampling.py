@@ -39,7 +39,9 @@ class _LogpsRecorder(LogitsProcessor):
 
     def watch(self, active: Sequence[int], logits: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         """The hook of a mixture: keeps the logits of its components, and passes them on."""
-        for k, component_logits in zip(active, logits):
+        for k, component_logits in zip(
+            active, logits, strict=True
+        ):  # strict, so that the components come to their end
             self._seen[k] = component_logits[:, -1]
             yield component_logits
 

@@ -139,16 +139,6 @@ def test_hidden_states_for_trainers_are_those_of_each_policy(run, alone):
             torch.testing.assert_close(logps, own, **CLOSE)
 
 
-def test_stacks_are_made_by_one_thread_at_a_time(folders, alone):
-    weights = [[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5], [0.2, 0.3, 0.5]]
-    models = [MixturePolicyModel.from_policies([folders.base, folders.kind, folders.terse]) for _ in range(2)]
-    for own in weights:  # more sets of adapters than are kept
-        models[0].generate(IDS, mixture_weights=own, **GREEDY)
-    calls = [lambda own=own: written(models[1], mixture_weights=own) for own in weights]
-    expected = [written(alone_mixture(alone), mixture_weights=own) for own in weights]
-    assert at_once(*calls) == [[tokens] * 3 for tokens in expected]
-
-
 def test_a_reference_is_loaded_once(folders):
     model = MixturePolicyModel.from_policies([folders.kind, folders.terse], reference=folders.gpt2)
     reference = AutoModelForCausalLM.from_pretrained(folders.gpt2).eval()
@@ -181,6 +171,8 @@ def test_beams_are_scored_by_the_forward_passes_of_their_thread(run):
 
 def test_a_processor_keeps_the_text_of_each_thread(alone):
     processor = MixtureLogitsProcessor(alone[1:])
+    lengths: list[int] = []
+    processor.others.register_forward_pre_hook(lambda model, args: lengths.append(args[0].shape[1]))
     prompts = [torch.tensor([[BOS, token, 9, 3]]) for token in (5, 12, 20)]
 
     def call(prompt):
@@ -192,6 +184,8 @@ def test_a_processor_keeps_the_text_of_each_thread(alone):
     expected = [model.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY) for prompt in prompts]
     found = at_once(*(lambda prompt=prompt: call(prompt).tolist() for prompt in prompts))
     assert found == [[tokens.tolist()] * 3 for tokens in expected]
+    # nine calls read their prompt once, and go on from their own keys and values
+    assert sorted(lengths) == [1] * 9 * 7 + [IDS.shape[1]] * 9
 
 
 class Interrupted:
