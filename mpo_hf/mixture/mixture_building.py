@@ -277,7 +277,7 @@ def _describe_reference(
     if reference is None and inherited[0] is not None and all(other == inherited[0] for other in inherited):
         component, handle = inherited[0]
         config = loader.backbones[handle.backbone].config if handle else _read_policy_config(loader, component)
-        return _Entry(component, config, handle=handle)
+        return _Entry(component, config, handle=handle, inner=entries[0].inner)
     if reference is None:
         bases = {entry.component.checkpoint for entry in entries}
         if len(bases) > 1 or any(entry.component.adapter is None for entry in entries):

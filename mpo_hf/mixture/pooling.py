@@ -78,21 +78,33 @@ def _is_differentiated(*tensors: torch.Tensor | float | None) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
 
-def _weighted_logps(logits: torch.Tensor, weight: torch.Tensor | float, plausibility: float = 0.0) -> torch.Tensor:
+def _weighted_logps(
+    logits: torch.Tensor, weight: torch.Tensor | float, plausibility: float = 0.0
+) -> torch.Tensor:
     """Weighted log-probabilities: zeros for a weight of zero, else `-inf` for tokens that are ruled out."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    logps = torch.log_softmax(logits, dim=-1, dtype=dtype)
+    logps = _log_softmax(logits)
     if plausibility:
         least = logps.amax(-1, keepdim=True) + math.log(plausibility)
         logps = logps.masked_fill(logps < least, -torch.inf)
     if not isinstance(weight, torch.Tensor) and weight >= 0:
         return weight * logps if weight else torch.zeros_like(logps)
     if isinstance(weight, torch.Tensor):
-        weight = weight.to(dtype)
-    # filled before the product, as 0 * -inf is NaN, and so is the gradient of the weight
-    out = torch.isneginf(logps)
-    term = (weight * logps.masked_fill(out, 0)).masked_fill(out, -torch.inf)
+        weight = weight.to(logps.dtype)
+    if torch.compiler.is_compiling() or _is_differentiated(logps, weight):
+        # filled before the product, as 0 * -inf is NaN, and so is the gradient of the weight
+        out = torch.isneginf(logps)
+        term = (weight * logps.masked_fill(out, 0)).masked_fill(out, -torch.inf)
+    else:
+        term = (weight * logps).nan_to_num_(nan=torch.nan, posinf=-torch.inf, neginf=-torch.inf)
     return torch.where(weight == 0, 0, term) if isinstance(weight, torch.Tensor) else term
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities in float32 at least; `-inf` for all tokens of a row in which all are ruled out, which would be NaN."""
+    logps = torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    if not torch.compiler.is_compiling() and logits.device.type == "cpu" and not logps[..., 0].isnan().any():
+        return logps  # where asking waits for no device, as it is rare
+    return logps.masked_fill(torch.isneginf(logits.amax(-1, keepdim=True)), -torch.inf)
 
 
 def _add_weighted_logps(

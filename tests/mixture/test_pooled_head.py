@@ -55,3 +55,19 @@ def test_padding_has_no_say():
     alone = logps_by_head(model, {"input_ids": torch.tensor([PROMPTS[1]])})[0]
     padded = logps_by_head(model, left_pad(PROMPTS, pad=PAD))[1]
     torch.testing.assert_close(padded[-2:], alone, **CLOSE)
+
+
+def mask_with(value):
+    def hook(model, args, output):
+        output.logits[..., 30:] = value
+
+    return hook
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan, 3.0])
+def test_logits_that_are_masked_behind_the_head_are_refused(value):
+    policies = [tiny("llama", 1), tiny("gpt2", 2)]
+    policies[1].register_forward_hook(mask_with(value))
+    model = MixturePolicyModel.from_policies(policies)
+    with pytest.raises(ValueError, match="more than a linear layer"), torch.no_grad():
+        model.base_model(torch.tensor([PROMPTS[0]]))

@@ -134,6 +134,20 @@ def test_what_a_component_of_any_sign_rules_out_is_out(weights, form, dtype, mon
     assert log_normalizer(pooled).isfinite().all()
 
 
+@pytest.mark.parametrize("form", ["numbers", "tensor", "differentiated", "compiling"])
+def test_a_component_that_rules_out_everything_leaves_nothing(form, monkeypatch):
+    logits = [x[:, 0].clone() for x in random_logits(count=2)]
+    expected = by_loop(logits, [0.4, 0.6]).float()
+    logits[1][2], expected[2] = -torch.inf, -torch.inf
+    logits[0][3, 4], expected[3] = torch.nan, torch.nan  # no number is no ruling
+    if form == "differentiated":
+        logits = [x.requires_grad_() for x in logits]
+    if form == "compiling":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    pooled = log_linear_pool(logits, [0.4, 0.6] if form == "numbers" else torch.tensor([0.4, 0.6]))
+    torch.testing.assert_close(pooled.detach(), expected, equal_nan=True, **CLOSE)
+
+
 def test_gradients_are_finite_where_tokens_are_ruled_out():
     logits = [x[:, 0] for x in random_logits(count=2, dtype=torch.float64)]
     logits[1][:, 2] = -torch.inf
