@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +23,9 @@ from .model_card import add_tags, create_model_card, pictures_of, update_model_c
 
 # Commits by repo id and requested revision.
 Commits = dict[tuple[str, str | None], str]
+
+# One thread saves at a time: whether Transformers saves code, and shows progress, is a state of classes and modules.
+_SAVING = threading.RLock()
 
 
 def loaded_commits(model: PreTrainedModel) -> Commits:
@@ -140,24 +144,25 @@ def code_alongside(model: PreTrainedModel, wanted: bool | None = None) -> Iterat
         wanted (`bool`, *optional*):
             Whether to save the code. Defaults to [`carries_code`].
     """
-    config = model.config
-    if wanted is None:
-        wanted = carries_code(model)
-    auto_map = config.__dict__.pop("auto_map", None)
-    names = {type(model): "AutoModelForCausalLM", type(config): "AutoConfig"}
-    before = {cls: cls._auto_class for cls in names}
-    for cls, name in names.items():
-        cls._auto_class = (cls._auto_class or name) if wanted else None
-    if wanted and auto_map:
-        config.auto_map = dict(auto_map)
-    try:
-        yield
-    finally:
-        for cls, name in before.items():
-            cls._auto_class = name
-        config.__dict__.pop("auto_map", None)
-        if auto_map is not None:
-            config.auto_map = auto_map
+    with _SAVING:
+        config = model.config
+        if wanted is None:
+            wanted = carries_code(model)
+        auto_map = config.__dict__.pop("auto_map", None)
+        names = {type(model): "AutoModelForCausalLM", type(config): "AutoConfig"}
+        before = {cls: cls._auto_class for cls in names}
+        for cls, name in names.items():
+            cls._auto_class = (cls._auto_class or name) if wanted else None
+        if wanted and auto_map:
+            config.auto_map = dict(auto_map)
+        try:
+            yield
+        finally:
+            for cls, name in before.items():
+                cls._auto_class = name
+            config.__dict__.pop("auto_map", None)
+            if auto_map is not None:
+                config.auto_map = auto_map
 
 
 @contextmanager

@@ -295,7 +295,8 @@ class MixturePolicyModel(
 
         Returns:
             [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: `logits` are the pooled log-probabilities
-            Σ λ_k log π_k in float32, not renormalized: their `softmax` is the mixture, their `logsumexp` is log Z.
+            Σ λ_k log π_k in float32, not renormalized: their `softmax` is the mixture, their `logsumexp` is log Z. Tokens
+            that a component of nonzero weight rules out, or that are not plausible, have `-inf`.
         """
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache

@@ -78,9 +78,7 @@ def _is_differentiated(*tensors: torch.Tensor | float | None) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
 
-def _weighted_logps(
-    logits: torch.Tensor, weight: torch.Tensor | float, plausibility: float = 0.0
-) -> torch.Tensor:
+def _weighted_logps(logits: torch.Tensor, weight: torch.Tensor | float, plausibility: float = 0.0) -> torch.Tensor:
     """Weighted log-probabilities: zeros for a weight of zero, else `-inf` for tokens that are ruled out."""
     logps = _log_softmax(logits)
     if plausibility:

@@ -188,6 +188,19 @@ def test_a_processor_keeps_the_text_of_each_thread(alone):
     assert sorted(lengths) == [1] * 9 * 7 + [IDS.shape[1]] * 9
 
 
+def test_each_thread_saves_code_or_none(mixture, tmp_path):
+    def save(name, with_code):
+        mixture.save_pretrained(tmp_path / name, with_code=with_code)
+        return (tmp_path / name / "modeling_mixture.py").exists(), "auto_map" in (
+            tmp_path / name / "config.json"
+        ).read_text()
+
+    names = {f"{k}": k % 2 == 0 for k in range(4)}
+    found = at_once(*(lambda pair=pair: save(*pair) for pair in names.items()))
+    assert found == [[(with_code, with_code)] * 3 for with_code in names.values()]
+    assert type(mixture)._auto_class is None
+
+
 class Interrupted:
     """Interrupts the last layer of a model once, as Ctrl-C does."""
 
