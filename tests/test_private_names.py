@@ -45,6 +45,7 @@ OVERRIDDEN = {
 # private attributes of objects that are not ours, by file
 USED = {
     "cli/parser.py": {"_StoreFalseAction", "_actions"},
+    "mixture/adapter_switching.py": {"_modules"},
     "mixture/component_loading.py": {"_commit_hash", "_supports_default_dynamic_cache"},
     "mixture/hub.py": {"_auto_class"},
     "mixture/mixture_building.py": {"_attn_implementation"},

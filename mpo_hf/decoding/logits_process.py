@@ -10,6 +10,7 @@ from torch import nn
 from transformers import DynamicCache, LogitsProcessor
 from transformers.cache_utils import Cache
 
+from ..mixture.adapter_switching import with_own_switch
 from ..mixture.component_loading import Policy
 from ..mixture.component_traits import crosses_switch
 from ..mixture.configuration_mixture import MixtureComponent
@@ -138,6 +139,8 @@ class MixtureLogitsProcessor(LogitsProcessor):
             self.others, self._pool_weights = others[0].eval(), self.mixture_weights
         else:
             own, rest = self.mixture_weights[0], self.mixture_weights[1:]
+            # the calling model may be another adapter of one of these, and run in another thread
+            others = [with_own_switch(o) if hasattr(o, "get_base_model") else o for o in others]
             rest, share = (rest, 1.0) if rest.any() else (None, 0.0)  # a mixture of zero weights only does not exist
             self.others = MixturePolicyModel.from_policies(
                 others, rest, vocab_size=vocab_size, allow_off_simplex=True, **kwargs

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .compat import AdapterSwitch, without_peft
+from .stacked_rows import StackingError, with_children
 
 
 # Not attributes of the modules: a lock can neither be copied nor pickled.
@@ -67,3 +68,24 @@ def call_with_adapter(function: Callable, inputs: dict[str, Any], model: nn.Modu
             return function(**inputs)
         finally:
             switch.undo()
+
+
+def with_own_switch(model: nn.Module) -> nn.Module:
+    """
+    A copy of a `PeftModel` that shares all with it but which adapter is active. The model itself where that is impossible, as
+    with offloaded weights.
+    """
+    memo: dict[int, nn.Module] = {}
+
+    def copied(module: nn.Module) -> nn.Module:
+        if id(module) not in memo:
+            children = {name: child and copied(child) for name, child in module._modules.items()}
+            is_changed = any(child is not module._modules[name] for name, child in children.items())
+            is_switched = "_active_adapter" in module.__dict__
+            memo[id(module)] = with_children(module, children) if is_changed or is_switched else module
+        return memo[id(module)]
+
+    try:
+        return copied(model)
+    except StackingError:
+        return model

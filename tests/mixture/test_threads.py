@@ -188,6 +188,19 @@ def test_a_processor_keeps_the_text_of_each_thread(alone):
     assert sorted(lengths) == [1] * 9 * 7 + [IDS.shape[1]] * 9
 
 
+def test_a_processor_of_another_adapter_leaves_the_calling_model_alone(folders, alone):
+    model = load_lora(folders.kind, folders.base)
+    model.load_adapter(folders.terse, "terse")
+    model.set_adapter("terse")
+    processor = MixtureLogitsProcessor(model)
+    model.set_adapter("default")
+    calls = [lambda: written(model, logits_processor=[processor]), lambda: written(model)]
+    expected = [written(alone_mixture(alone[1:])), written(alone[1])]
+    assert at_once(*calls) == [[tokens] * 3 for tokens in expected]
+    parameters = {id(parameter) for parameter in model.parameters()}
+    assert parameters == {id(parameter) for parameter in processor.others.parameters()}
+
+
 def test_each_thread_saves_code_or_none(mixture, tmp_path):
     def save(name, with_code):
         mixture.save_pretrained(tmp_path / name, with_code=with_code)
