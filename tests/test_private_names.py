@@ -45,8 +45,10 @@ OVERRIDDEN = {
 # private attributes of objects that are not ours, by file
 USED = {
     "cli/parser.py": {"_StoreFalseAction", "_actions"},
+    "mixture/adapter_loading.py": {"_forward_hooks", "_forward_pre_hooks"},
     "mixture/adapter_switching.py": {"_modules"},
-    "mixture/component_loading.py": {"_commit_hash", "_supports_default_dynamic_cache"},
+    "mixture/component_checks.py": {"_supports_default_dynamic_cache"},
+    "mixture/component_loading.py": {"_commit_hash"},
     "mixture/hub.py": {"_auto_class"},
     "mixture/mixture_building.py": {"_attn_implementation"},
     "mixture/mixture_generation.py": {"_eos_token_tensor"},

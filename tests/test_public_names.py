@@ -105,7 +105,8 @@ READ = {
     "accelerate.Accelerator": "is_main_process num_processes process_index sync_gradients wait_for_everyone",
     "datasets.Dataset": "add_column iter remove_columns rename_column to_iterable_dataset with_format",
     "peft.PeftConfig": "base_model_name_or_path is_prompt_learning peft_type task_type trainable_token_indices",
-    "peft.PeftModel": "active_adapter disable_adapter get_base_model load_adapter peft_config set_adapter unload",
+    "peft.PeftModel": "active_adapter active_adapters disable_adapter get_base_model load_adapter peft_config set_adapter "
+    "unload",
     "peft.tuners.tuners_utils.BaseTuner": "disable_adapter_layers enable_adapter_layers",
     "peft.tuners.tuners_utils.BaseTunerLayer": "adapter_layer_names base_layer disable_adapters lora_A lora_B "
     "lora_embedding_A lora_embedding_B lora_variant merged merged_adapters r scaling",

@@ -208,6 +208,19 @@ def no_progress_bar() -> Iterator[None]:
         logging.set_tqdm_hook(previous)
 
 
+class whole_property(property):
+    """
+    A property of a module of which an `AttributeError` inside is an error of its own. `nn.Module` would take it for a
+    sign that there is no such property, and say so.
+    """
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        try:
+            return super().__get__(instance, owner)
+        except AttributeError as err:
+            raise RuntimeError(f"`{self.fget.__name__}` failed: {type(err).__name__}: {err}") from err
+
+
 def recomputes_layers(model: nn.Module) -> bool:
     """Whether gradient checkpointing is on in any layer, and takes effect there."""
     return any(getattr(module, "gradient_checkpointing", False) and module.training for module in model.modules())

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from huggingface_hub import is_offline_mode
 from torch import nn
 from transformers import (
@@ -20,8 +19,8 @@ from transformers import (
 )
 from transformers.utils import cached_file, is_peft_available, logging
 
-from .compat import CACHE_NAME, cache_name_of, without_peft
-from .component_traits import why_not_decoded
+from .adapter_loading import check_adapter_kind, put_adapter, share_weights
+from .component_checks import ALLOW_UNMATCHED, check_all_loaded, check_decoder
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig
 from .hub_files import (
     ADAPTER_CONFIG,
@@ -33,7 +32,6 @@ from .hub_files import (
     hub_kwargs,
     require_safetensors,
 )
-from .mixture_inputs import forward_parameters
 from .tokenizer_loading import load_tokenizer
 from .vocabulary import common_vocab_size
 
@@ -187,7 +185,9 @@ class ComponentLoader:
         check_loading_kwargs(load_kwargs)
         self.load_kwargs = load_kwargs
         self._own_kwargs: dict[tuple, dict[str, Any]] = {}
+        self.allow_unmatched = bool(load_kwargs.get(ALLOW_UNMATCHED))
         self.backbones: list[nn.Module] = list(backbones)
+        self._given = len(self.backbones)
         self._by_checkpoint: dict[tuple, int] = {}
         self._configs: dict[tuple, PreTrainedConfig] = {}
 
@@ -274,6 +274,7 @@ class ComponentLoader:
             raise OSError(
                 f"The adapter of {_describe(component)} cannot be opened: it has no adapter_config.json{where}."
             )
+        check_adapter_kind(adapter_config, repr(component.adapter))
         recorded = adapter_config.get("base_model_name_or_path")
         # a folder may be a copy of the recorded base; two different repo ids are two different models
         if recorded and not any(os.path.isabs(p) or os.path.exists(p) for p in (recorded, component.name_or_path)):
@@ -301,7 +302,11 @@ class ComponentLoader:
         return PolicyHandle(index, None if component.adapter is None else self._load_adapter(index, component))
 
     def _load_checkpoint(self, component: MixtureComponent) -> nn.Module:
-        kwargs = {name: value for name, value in self.load_kwargs.items() if not is_by_component(value)}
+        kwargs = {
+            name: value
+            for name, value in self.load_kwargs.items()
+            if name != ALLOW_UNMATCHED and not is_by_component(value)
+        }
         own = self._own_kwargs.get(component.checkpoint, {})
         kwargs |= {name: value for name, value in own.items() if value is not None} | component.location.kwargs
         for name in ("variant", "dtype"):
@@ -313,10 +318,15 @@ class ComponentLoader:
         if component.gguf_file and component.checkpoint in self._configs:
             kwargs["config"] = copy.deepcopy(self._configs[component.checkpoint])  # reading one takes seconds
         try:
-            model = AutoModelForCausalLM.from_pretrained(component.name_or_path, **kwargs)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                component.name_or_path, **{**kwargs, "output_loading_info": True}
+            )
         except (OSError, ValueError) as err:
             raise type(err)(f"The component {_describe(component)} cannot be loaded. {err}") from err
         check_decoder(model, _describe(component))
+        check_all_loaded(
+            f"The component {_describe(component)}", info, self.allow_unmatched, "Give a causal language model."
+        )
         filename = component.gguf_file or "config.json"
         commit = cached_commit(component.location, filename, self.load_kwargs.get("cache_dir"))
         if commit is not None:  # a mixture is pinned to it when it is pushed to the Hub
@@ -324,42 +334,22 @@ class ComponentLoader:
         return model.eval()
 
     def _load_adapter(self, index: int, component: MixtureComponent) -> str:
-        # inside a `try`, or Transformers would require PEFT of everyone who opens a mixture that carries this code
-        try:
-            from peft import PeftModel
-        except ImportError as err:
-            raise _no_peft(component) from err
-
         backbone = self.backbones[index]
-        adapters = getattr(backbone, "peft_config", {}) if isinstance(backbone, PeftModel) else {}
         if any(parameter.is_meta for parameter in backbone.parameters()):
             raise ValueError(
                 f"The adapter {component.adapter!r} cannot be put on {component.name_or_path!r}, whose weights are offloaded "
                 "(`device_map`). Keep this base on a device, or merge the adapter (`merge_and_unload`), save the result, and "
                 "mix that."
             )
+        adapters = backbone.peft_config if hasattr(backbone, "get_base_model") else {}
+        if not adapters and index < self._given:
+            backbone = share_weights(backbone)  # another mixture, or a view of this one, may run it without adapters
         name = f"component_{len(adapters)}"
         folder = self._fetch_adapter(component)
-        before = [(parameter, _fingerprint(parameter)) for parameter in backbone.parameters()]
-        try:
-            if isinstance(backbone, PeftModel):
-                backbone.load_adapter(folder, name)
-            else:
-                self.backbones[index] = PeftModel.from_pretrained(backbone, folder, name)
-        except (RuntimeError, ValueError, KeyError) as err:
-            raise ValueError(
-                f"The adapter {component.adapter!r} does not fit the base {component.name_or_path!r}: {err}"
-            ) from err
-        check_adapter_type(self.backbones[index], name, repr(component.adapter))
+        self.backbones[index] = put_adapter(backbone, folder, name, component, self.allow_unmatched)
         self.backbones[index].peft_config[name]._commit_hash = cached_commit(
             component.adapter_location, ADAPTER_CONFIG, self.load_kwargs.get("cache_dir")
         )
-        if any(_fingerprint(parameter) != fingerprint for parameter, fingerprint in before):
-            raise ValueError(
-                f"The adapter {component.adapter!r} changes weights of its base when it is loaded, as adapters with biases "
-                "or with an initialization such as PiSSA do, so that it cannot share the base with other policies. Merge "
-                "it (`merge_and_unload`), save the result, and mix that."
-            )
         return name
 
     def _fetch_adapter(self, component: MixtureComponent) -> str:
@@ -391,48 +381,6 @@ def compare_vocabularies(
                 in_memory = component.name_or_path is None
                 vocabs[component.checkpoint] = None if in_memory else loader.read_vocab(component)
     return common_vocab_size(names, sizes, [vocabs.get(component.checkpoint) for component in components], claimed)
-
-
-def check_adapter_type(model: nn.Module, adapter: str, name: str) -> None:
-    """Refuses prompt learning, whose virtual tokens are seen by their own policy only."""
-    config = model.peft_config[adapter]
-    if config.is_prompt_learning:
-        raise ValueError(
-            f"The adapter {name} learns a prompt ({config.peft_type}), and cannot be mixed token by token. Adapters that "
-            "change weights can: LoRA, IA3 and similar methods."
-        )
-
-
-def _fingerprint(parameter: torch.Tensor) -> float:
-    """
-    A number that changes when the values of a parameter do. It is computed from a sample of them, as models are large.
-    """
-    if hasattr(parameter, "__tensor_flatten__"):  # quantized: the tensors that it consists of
-        return sum(_fingerprint(getattr(parameter, name)) for name in parameter.__tensor_flatten__()[0])
-    if parameter.is_meta:
-        return 0.0
-    step = max(1, parameter.numel() // 1024)
-    return parameter.detach().reshape(-1)[::step].sum(dtype=torch.float64).item()
-
-
-def check_decoder(model: nn.Module, name: str) -> None:
-    """Refuses models that cannot be decoded together with others over one cache."""
-    parameters = forward_parameters(model)
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"The component {name} is an encoder-decoder; only causal language models can be mixed.")
-    if model.config.model_type == MixturePolicyConfig.model_type:
-        raise ValueError(f"The component {name} is itself a mixture. Mix its components instead.")
-    base = without_peft(model)
-    if not base.can_generate():
-        raise ValueError(f"The component {name} ({type(base).__name__}) is not a causal language model.")
-    if cache_name_of(parameters) is None or not base._supports_default_dynamic_cache():
-        raise ValueError(
-            f"The component {name} ({type(base).__name__}) keeps its state in a cache of its own instead of a "
-            f"`DynamicCache` that its `forward` takes as `{CACHE_NAME}`, and cannot be mixed."
-            + (" Mamba can, from Transformers 5.24 on." if "cache_params" in parameters else "")
-        )
-    if reason := why_not_decoded(base):
-        raise ValueError(f"The component {name} ({type(base).__name__}) cannot be mixed: it {reason}.")
 
 
 def _no_peft(component: MixtureComponent) -> ImportError:

@@ -8,7 +8,14 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .adapter_switching import call_with_adapter, lock_of
-from .compat import kinds_without_config, layer_types_of, recomputes_layers, starts_anew, without_peft
+from .compat import (
+    kinds_without_config,
+    layer_types_of,
+    recomputes_layers,
+    starts_anew,
+    whole_property,
+    without_peft,
+)
 from .component_loading import PolicyHandle
 from .component_traits import crosses_switch, is_moved_by_padding, starts_with_padding, switch_lengths
 from .configuration_mixture import MixturePolicyConfig
@@ -188,7 +195,7 @@ class ComponentRunningMixin:
             self._stacks[index] = AdapterStacks(model)
         return [k for k in members if self._stacks[index].allows(self.policies[k].adapter)]
 
-    @property
+    @whole_property
     def stacked_components(self) -> list[list[int]]:
         """
         Groups of components that run in one forward pass, as long as they have weight and nothing is trained: adapters

@@ -11,13 +11,13 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .adapter_loading import active_adapter_of
+from .component_checks import check_decoder
 from .component_loading import (
     ComponentLoader,
     Policy,
     PolicyHandle,
     as_component,
-    check_adapter_type,
-    check_decoder,
     compare_vocabularies,
     resolve_relative,
 )
@@ -245,9 +245,7 @@ def _expand_module(model: nn.Module, loader: ComponentLoader) -> list[_Entry]:
     if getattr(model.config, "model_type", None) == MixturePolicyConfig.model_type:
         return _expand_mixture(model, loader)
     check_decoder(model, type(model).__name__)
-    adapter = model.active_adapter if hasattr(model, "get_base_model") else None
-    if adapter is not None:
-        check_adapter_type(model, adapter, f"{adapter!r} in memory")
+    adapter = active_adapter_of(model) if hasattr(model, "get_base_model") else None
     return [_Entry(MixtureComponent(), model.config, handle=PolicyHandle(loader.add(model), adapter))]
 
 

@@ -19,9 +19,11 @@ from .compat import (
     no_progress_bar,
     parse_to,
     pick_cache,
+    whole_property,
     without_peft,
 )
-from .component_loading import ComponentLoader, Policy, PolicyHandle, check_decoder, is_by_component
+from .component_checks import ALLOW_UNMATCHED, check_all_loaded, check_can_be_opened, check_decoder
+from .component_loading import ComponentLoader, Policy, PolicyHandle, is_by_component
 from .component_running import ComponentRunningMixin
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig
 from .hub import PUSH_ARGUMENTS, MixtureSharingMixin, code_alongside
@@ -203,7 +205,7 @@ class MixturePolicyModel(
     def mixture_weights(self, weights: Sequence[float] | torch.Tensor) -> None:
         self.config.mixture_weights = weights
 
-    @property
+    @whole_property
     def reference_policy(self) -> "MixturePolicyModel | None":
         """
         The reference policy as a model of its own, which shares its weights with this one where possible; `None` when
@@ -425,6 +427,7 @@ class MixturePolicyModel(
         vocab_size: int | None = None,
         allow_off_simplex: bool = False,
         plausibility: float = 0.0,
+        allow_unmatched_weights: bool = False,
         **kwargs,
     ) -> "MixturePolicyModel":
         r"""
@@ -451,6 +454,9 @@ class MixturePolicyModel(
             plausibility (`float`, *optional*, defaults to 0.0):
                 Excludes tokens whose probability under the first policy, which must not be a mixture of several, is less
                 than this fraction of that of its most likely token; see [`MixturePolicyModel.from_contrast`].
+            allow_unmatched_weights (`bool`, *optional*, defaults to `False`):
+                Whether to accept checkpoints and adapters which lack weights of their models, so that these are random,
+                or have weights that are not used. No config can set it.
             kwargs:
                 Arguments of every component's `from_pretrained`: `dtype`, `device_map`, `token` and so on. Those that
                 differ between components, such as `revision`, belong in their dictionaries. `attn_implementation`,
@@ -477,6 +483,8 @@ class MixturePolicyModel(
         ```
         """
         attention = _take_attention_by_component(kwargs)
+        if allow_unmatched_weights:
+            kwargs[ALLOW_UNMATCHED] = True
         model = build_mixture(
             cls, policies, weights, reference, labels, vocab_size, allow_off_simplex, plausibility, kwargs
         )
@@ -496,7 +504,8 @@ class MixturePolicyModel(
                 `revision` and `subfolder` locate the mixture's config. Other arguments go to every component's
                 `from_pretrained`, except `trust_remote_code`: trusting the code in a mixture's repo does not imply
                 trusting that of every repo it refers to. To trust these too, pass
-                `component_kwargs={"trust_remote_code": True}`.
+                `component_kwargs={"trust_remote_code": True}`. `allow_unmatched_weights=True` accepts components whose
+                weights do not match their models, as in [`~MixturePolicyModel.from_policies`].
 
         Returns:
             [`MixturePolicyModel`], in evaluation mode.
@@ -505,11 +514,15 @@ class MixturePolicyModel(
             return super().from_pretrained(None, *model_args, **kwargs)
         folder = os.fspath(pretrained_model_name_or_path)
         config = read_mixture_config(folder, kwargs.pop("config", None), kwargs)
+        output_loading_info = kwargs.pop("output_loading_info", False)
         if all(component.name_or_path is None for component in config.components):
             if is_by_component(device_map := kwargs.get("device_map")):
                 kwargs["device_map"] = {name.replace("component_", "backbone_"): d for name, d in device_map.items()}
-            return super().from_pretrained(folder, *model_args, config=config, **kwargs)
-        output_loading_info = kwargs.pop("output_loading_info", False)
+            allow_unmatched = kwargs.pop(ALLOW_UNMATCHED, False)
+            kwargs["output_loading_info"] = True
+            model, info = super().from_pretrained(folder, *model_args, config=config, **kwargs)
+            check_all_loaded(f"The mixture {folder!r}", info, allow_unmatched, "Save it again.")
+            return (model, info) if output_loading_info else model
         attention = _take_attention_by_component(kwargs)
         model = load_mixture(cls, folder, config, kwargs)
         if attention:
@@ -533,7 +546,8 @@ class MixturePolicyModel(
                 [`~MixturePolicyModel.push_to_hub`] too; `repo_id` defaults to the name of the folder.
 
         Raises:
-            `ValueError`: when some components, but not all, were given in memory.
+            `ValueError`: when some components, but not all, were given in memory, or when what would be saved could not be
+                opened again.
         """
         names = [name for name in ("repo_id", *PUSH_ARGUMENTS) if name in kwargs]
         push_kwargs = {name: kwargs[name] for name in names}
@@ -569,6 +583,9 @@ class MixturePolicyModel(
                 f"A checkpoint is loaded in one dtype, but the components have {sorted(map(str, dtypes))}. Convert the "
                 "mixture (`model.to(torch.bfloat16)`), or save the models and mix them by their folders or repo ids."
             )
+        if not hasattr(self, "peft_config"):  # of an adapter over the mixture, no more than the adapter is saved
+            for label, backbone in zip(self.config.labels, self.backbones):
+                check_can_be_opened(label, backbone, backbone.config)
         if state_dict is None and self._num_backbones > len(used):
             logger.warning("The reference policy was given in memory and is not part of the saved mixture.")
             names = tuple(f"backbone_{k}." for k in used)

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .stacked_rows import StackedModules, StackingError, check_rows, with_children
+from .adapter_loading import is_from_peft
+from .stacked_rows import StackedModules, StackingError, check_rows, reason_of, with_children
 
 
 logger = logging.get_logger(__name__)
@@ -159,7 +160,7 @@ def why_not_stacked(model: nn.Module, adapter: str | None) -> str | None:
     if getattr(config, "trainable_token_indices", None):
         return "it has `trainable_token_indices`"
     for name, layer in model.get_base_model().named_modules():
-        if not (_is_from_peft(layer, "r") and adapter in layer.r):
+        if not (is_from_peft(layer, "r") and adapter in layer.r):
             continue
         kind = type(layer)
         if kind.__module__ != "peft.tuners.lora.layer" or kind.__name__ not in ("Linear", "Embedding"):
@@ -189,8 +190,8 @@ def stack_adapters(model: nn.Module, adapters: Sequence[str | None]) -> nn.Modul
                 raise StackingError(f"of the adapter {adapter}: {reason}")
         stack = _copy(model.get_base_model(), adapters, stacked, {})
         check_rows(stack, stacked, len(adapters))
-    except StackingError as reason:
-        logger.info(f"The adapters {list(adapters)} run one after another, because {reason}.")
+    except Exception as error:
+        logger.info(f"The adapters {list(adapters)} run one after another, because {reason_of(error)}.")
         return None
     return stack
 
@@ -203,13 +204,13 @@ def _copy(
     """
     if id(module) in memo:
         return memo[id(module)]
-    if _is_from_peft(module, "base_layer"):
+    if is_from_peft(module, "base_layer"):
         twin = _copy(module.base_layer, adapters, stacked, memo)
-        if _is_from_peft(module, "r") and any(adapter in module.r for adapter in adapters):
+        if is_from_peft(module, "r") and any(adapter in module.r for adapter in adapters):
             *factors, bias = _stacked_factors(module, adapters)
             twin = StackedLoraLinear(twin, *factors, bias) if module.lora_A else StackedLoraEmbedding(twin, *factors)
             stacked.append(twin)
-    elif _is_from_peft(module, "original_module"):
+    elif is_from_peft(module, "original_module"):
         within: list[nn.Module] = []
         twin = _copy(module.original_module, adapters, within, memo)
         saved = getattr(module, "modules_to_save", {})
@@ -237,11 +238,6 @@ def _own(saved: nn.Module, adapter: str) -> nn.Module:
     if layers:
         raise StackingError(f"a {type(saved).__name__} that the adapter {adapter} saves is also adapted by it")
     return twin
-
-
-def _is_from_peft(module: nn.Module, part: str) -> bool:
-    """Whether PEFT put a module in place of its part of that name."""
-    return hasattr(module, "adapter_layer_names") and hasattr(module, part)
 
 
 @torch.no_grad()
@@ -289,11 +285,11 @@ def _state(model: nn.Module, adapters: Sequence[str | None]) -> list[Any]:
     while pending:
         module = pending.pop()
         state.append(module)
-        if _is_from_peft(module, "base_layer"):
+        if is_from_peft(module, "base_layer"):
             pending.append(module.base_layer)
         else:
             pending += filter(None, module._modules.values())
-        if _is_from_peft(module, "lora_A"):
+        if is_from_peft(module, "lora_A"):
             state += map(tuple, (module.merged_adapters, [module.scaling.get(a) for a in adapters]))
             for adapter in adapters:
                 if adapter in module.r:

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .mixture_inputs import trial_inputs
-from .stacked_rows import StackedModules, StackingError, check_rows, with_children
+from .stacked_rows import StackedModules, StackingError, check_rows, reason_of, with_children
 
 
 logger = logging.get_logger(__name__)
@@ -199,9 +199,9 @@ def stack_models(models: Sequence[PreTrainedModel]) -> nn.Module | None:
         with torch.inference_mode(False), torch.no_grad():
             stack = builder.build(tuple(models), "")
             _try(stack, models, builder.stacked)
-    except StackingError as reason:
+    except Exception as error:
         logger.info(
-            f"{len(models)} models of type {type(models[0]).__name__} run one after another, because {reason}."
+            f"{len(models)} models of type {type(models[0]).__name__} run one after another, because {reason_of(error)}."
         )
         return None
     return stack
@@ -216,13 +216,8 @@ def _try(stack: nn.Module, models: Sequence[PreTrainedModel], stacked: Sequence[
         models[0].config.get_text_config().vocab_size, (2 * len(models), 3), generator=torch.Generator().manual_seed(0)
     )
     ids = ids.to(models[0].device)
-    try:
-        check_rows(stack, stacked, len(models))
-        found = stack(**trial_inputs(stack, ids)).logits
-    except StackingError:
-        raise
-    except Exception as error:
-        raise StackingError(f"of an error in their layers side by side: {error}") from error
+    check_rows(stack, stacked, len(models))
+    found = stack(**trial_inputs(stack, ids)).logits
     expected = torch.cat([model(**trial_inputs(model, part)).logits for model, part in zip(models, ids.split(2))])
     apart, scale = (found - expected).abs().max(), expected.abs().max()
     if not apart <= scale * torch.finfo(found.dtype).eps ** 0.5:

@@ -18,6 +18,11 @@ class StackingError(Exception):
     """Components cannot run side by side. The message is the reason, as the end of a sentence."""
 
 
+def reason_of(error: Exception) -> str:
+    """Why components cannot run side by side, as the end of a sentence: whatever their layers raise is a reason."""
+    return str(error) if isinstance(error, StackingError) else f"of an error: {type(error).__name__}: {error}"
+
+
 class StackedModules(nn.Module):
     """
     Modules that each run on their own block of rows.

@@ -176,13 +176,24 @@ def test_adapter_of_single_tokens_runs_after_the_base(tmp_path, caplog):
     torch.testing.assert_close(mixture(IDS).logits, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("saved", ["mlp", "self_attn"])
-def test_saved_modules_whose_rows_cannot_be_told_apart_run_one_after_another(saved, tmp_path):
-    """The second adapter has a layer in the first one's `mlp`; `self_attn` takes more than hidden states."""
-    _, *adapters = build(tmp_path, first={"target_modules": ["o_proj", "up_proj"], "modules_to_save": [saved]})
+def test_saved_modules_whose_rows_cannot_be_told_apart_run_one_after_another(tmp_path):
+    """Attention takes more than hidden states."""
+    first = {"target_modules": ["o_proj", "up_proj"], "modules_to_save": ["self_attn"]}
+    base, *adapters = build(tmp_path, first=first, second={"target_modules": ["down_proj"]})
     mixture = MixturePolicyModel.from_policies(adapters)
     assert mixture.stacked_components == []
-    assert_same_either_way(mixture, **INPUTS)
+    expected = sum(model(IDS).logits.log_softmax(-1) / 2 for model in alone(base, *adapters)[1:])
+    torch.testing.assert_close(mixture(IDS).logits, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("saved", ["mlp", "self_attn"])
+def test_an_adapter_inside_of_a_module_that_another_one_saves_is_refused(saved, tmp_path):
+    """PEFT puts the layers of the second adapter into the first one's copy of that module, where nothing fills them."""
+    _, *adapters = build(tmp_path, first={"target_modules": ["o_proj", "up_proj"], "modules_to_save": [saved]})
+    with pytest.raises(ValueError, match=rf"adapter_1.* does not fit .*{saved}.modules_to_save.component_0"):
+        MixturePolicyModel.from_policies(adapters)
+    with pytest.raises(ValueError, match=rf"adapter_0.* does not fit the base.*{saved}"):
+        MixturePolicyModel.from_policies(adapters[::-1])
 
 
 @torch.no_grad()

@@ -267,7 +267,7 @@ def between_rows():
     [
         (share_a_weight, "they share the weight lm_head.weight"),
         (other_positions, "different buffers model.rotary_emb.inv_freq"),
-        (routed, "side by side"),
+        (routed, "because of an error: RuntimeError"),
         (between_rows, "apart"),
     ],
 )
