@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import is_peft_available
 
 from .component_checks import check_all_loaded
 from .configuration_mixture import MixtureComponent
@@ -24,10 +25,8 @@ def check_adapter_kind(config: Mapping[str, Any], name: str) -> None:
         config (`Mapping[str, Any]`): the fields of the adapter's config.
         name (`str`): how an error calls the adapter.
     """
-    try:
+    if is_peft_available():
         from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PromptLearningConfig
-    except ImportError as err:
-        raise ImportError(f"{name} is an adapter; `pip install peft` to load it.") from err
 
     kind = config.get("peft_type")
     kind = getattr(kind, "value", kind)
@@ -37,6 +36,8 @@ def check_adapter_kind(config: Mapping[str, Any], name: str) -> None:
         reason = f"learns a prompt ({kind}), and cannot be mixed token by token"
     elif hasattr(PEFT_TYPE_TO_TUNER_MAPPING[kind], "generate"):
         reason = f"chooses its weights for a call as a whole ({kind}), and cannot be mixed token by token"
+    elif kind == "LILY":
+        reason = "weighs its factors by the mean of all tokens in a call, so that a text depends on those beside it"
     elif config.get("alora_invocation_tokens"):
         reason = (
             "starts at its `alora_invocation_tokens`, which it does not see any more when tokens follow one by one"
@@ -91,10 +92,8 @@ def put_adapter(
     Raises:
         `ValueError`: for an adapter that does not fit, is not loaded as a whole, or changes the base.
     """
-    from peft import PeftModel
-
     subject = f"The adapter {component.adapter!r}"
-    wrapped = isinstance(model, PeftModel)
+    wrapped = hasattr(model, "get_base_model")
     if not wrapped and getattr(model, "peft_config", None):
         raise ValueError(
             f"{subject} cannot lie over {component.name_or_path!r}, which has one already: both would act."
@@ -102,18 +101,7 @@ def put_adapter(
     _check_same_kind(model, folder, component)
     base = model.get_base_model() if wrapped else model
     structure, weights = list(_structure(base)), [(weight, _fingerprint(weight)) for weight in model.parameters()]
-    try:
-        if not wrapped:
-            model = PeftModel.from_pretrained(model, folder, name)
-        result = model.load_adapter(folder, name)  # one that is there already has its weights read again
-    except KeyError as err:
-        raise ValueError(
-            f"{subject} does not fit the base {component.name_or_path!r}: PEFT looks in it for {err}, of a module that it, or "
-            "an adapter before it, trains as a whole or in single tokens. List an adapter with `trainable_token_indices` "
-            "behind the others."
-        ) from err
-    except (RuntimeError, ValueError) as err:
-        raise ValueError(f"{subject} does not fit the base {component.name_or_path!r}: {err}") from err
+    model, result = _load(model, folder, name, f"{subject} does not fit the base {component.name_or_path!r}")
     loaded = {"missing_keys": _unfilled(model, name, result.missing_keys), "unexpected_keys": result.unexpected_keys}
     way_out = (
         "Give it the base that it was trained over, or merge it (`merge_and_unload`), save the result, and mix that."
@@ -132,6 +120,25 @@ def put_adapter(
     return model
 
 
+def _load(model: nn.Module, folder: str, name: str, does_not_fit: str) -> tuple[nn.Module, Any]:
+    """The `PeftModel` with the adapter, and which keys PEFT found missing or unexpected in its file."""
+    # inside a condition, or Transformers would require PEFT of everyone who opens a mixture that carries this code
+    if is_peft_available():
+        from peft import PeftModel
+
+    try:
+        if not hasattr(model, "get_base_model"):
+            model = PeftModel.from_pretrained(model, folder, name)
+        return model, model.load_adapter(folder, name)  # one that is there already has its weights read again
+    except KeyError as err:
+        raise ValueError(
+            f"{does_not_fit}: PEFT looks in it for {err}, of a module that it, or an adapter before it, trains as a whole or in "
+            "single tokens. List an adapter with `trainable_token_indices` behind the others."
+        ) from err
+    except (RuntimeError, ValueError) as err:
+        raise ValueError(f"{does_not_fit}: {err}") from err
+
+
 def _unfilled(model: nn.Module, name: str, missing: Sequence[str]) -> set[str]:
     """Those of the missing keys that are of the adapter itself, and no other names of weights that were loaded."""
     keys = {key for key in missing if name in key.split(".")}
@@ -142,7 +149,8 @@ def _unfilled(model: nn.Module, name: str, missing: Sequence[str]) -> set[str]:
 
 def _check_same_kind(model: nn.Module, folder: str, component: MixtureComponent) -> None:
     """Refuses an adapter of another kind than those on its base, which PEFT cannot hold beside them."""
-    from peft import PeftConfig
+    if is_peft_available():
+        from peft import PeftConfig
 
     kind = PeftConfig.from_pretrained(folder).peft_type
     others = {config.peft_type for config in getattr(model, "peft_config", {}).values()} - {kind}

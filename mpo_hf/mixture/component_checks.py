@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .compat import CACHE_NAME, cache_name_of, without_peft
 from .component_traits import why_not_decoded
@@ -70,22 +70,23 @@ def _count(keys: Collection[str]) -> str:
     return "1 weight" if len(keys) == 1 else f"the first of {len(keys)} weights"
 
 
-def check_can_be_opened(label: str, model: nn.Module, config: PreTrainedConfig) -> None:
-    """Refuses to save a model of which the config alone would make another one, or none."""
-    subject = f"The component {label!r} ({type(model).__name__}) cannot be saved with the mixture"
-    try:
-        with torch.device("meta"):  # without memory for weights
-            opened = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    except Exception as err:
-        reason = str(err).partition("\n")[0]  # the rest lists all architectures there are
-        raise ValueError(
-            f"{subject}: `AutoModelForCausalLM` cannot open it again, so that it is mixed in memory only. {reason}"
-        ) from err
-    own, found = ({key: tuple(value.shape) for key, value in m.state_dict().items()} for m in (model, opened))
-    apart = sorted(key for key in own.keys() | found.keys() if own.get(key) != found.get(key))
-    if type(opened) is not type(model) or apart:
-        difference = f", in which {apart[0]!r} differs" if apart else ""
-        raise ValueError(
-            f"{subject}: its config would open as a {type(opened).__name__}{difference}. Save it by itself, and mix it by its "
-            "folder or repo id; if it carries adapters, by those of the adapters."
-        )
+def check_can_be_opened(models: Mapping[str, PreTrainedModel]) -> None:
+    """Refuses to save models, by their labels, of which the config alone would make other ones, or none."""
+    for label, model in models.items():
+        subject = f"The component {label!r} ({type(model).__name__}) cannot be saved with the mixture"
+        try:
+            with torch.device("meta"):  # without memory for weights
+                opened = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
+        except Exception as err:
+            reason = str(err).partition("\n")[0]  # the rest lists all architectures there are
+            raise ValueError(
+                f"{subject}: `AutoModelForCausalLM` cannot open it again, so that it is mixed in memory only. {reason}"
+            ) from err
+        own, found = ({key: value.shape for key, value in m.state_dict().items()} for m in (model, opened))
+        apart = sorted(key for key in own.keys() | found.keys() if own.get(key) != found.get(key))
+        if type(opened) is not type(model) or apart:
+            difference = f", in which {apart[0]!r} differs" if apart else ""
+            raise ValueError(
+                f"{subject}: its config would open as a {type(opened).__name__}{difference}. Save it by itself, and mix it by "
+                "its folder or repo id; if it carries adapters, by those of the adapters."
+            )

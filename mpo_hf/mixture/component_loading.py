@@ -67,6 +67,8 @@ def check_loading_kwargs(kwargs: dict[str, Any]) -> None:
                 f"`{name}={kwargs[name]!r}` would be one {name} for all components. Describe the component instead: "
                 f"{{'name_or_path': ..., '{name}': {kwargs[name]!r}}}."
             )
+    if not isinstance(allowed := kwargs.get(ALLOW_UNMATCHED, False), bool):
+        raise ValueError(f"`{ALLOW_UNMATCHED}` must be True or False, got {allowed!r}.")
 
 
 def is_by_component(value: Any) -> bool:
@@ -324,9 +326,8 @@ class ComponentLoader:
         except (OSError, ValueError) as err:
             raise type(err)(f"The component {_describe(component)} cannot be loaded. {err}") from err
         check_decoder(model, _describe(component))
-        check_all_loaded(
-            f"The component {_describe(component)}", info, self.allow_unmatched, "Give a causal language model."
-        )
+        subject = f"The component {component.name_or_path!r}"
+        check_all_loaded(subject, info, self.allow_unmatched, "Give a causal language model.")
         filename = component.gguf_file or "config.json"
         commit = cached_commit(component.location, filename, self.load_kwargs.get("cache_dir"))
         if commit is not None:  # a mixture is pinned to it when it is pushed to the Hub

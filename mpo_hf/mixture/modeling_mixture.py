@@ -483,8 +483,8 @@ class MixturePolicyModel(
         ```
         """
         attention = _take_attention_by_component(kwargs)
-        if allow_unmatched_weights:
-            kwargs[ALLOW_UNMATCHED] = True
+        if allow_unmatched_weights is not False:
+            kwargs[ALLOW_UNMATCHED] = allow_unmatched_weights
         model = build_mixture(
             cls, policies, weights, reference, labels, vocab_size, allow_off_simplex, plausibility, kwargs
         )
@@ -584,8 +584,7 @@ class MixturePolicyModel(
                 "mixture (`model.to(torch.bfloat16)`), or save the models and mix them by their folders or repo ids."
             )
         if not hasattr(self, "peft_config"):  # of an adapter over the mixture, no more than the adapter is saved
-            for label, backbone in zip(self.config.labels, self.backbones):
-                check_can_be_opened(label, backbone, backbone.config)
+            check_can_be_opened(dict(zip(self.config.labels, self.backbones)))
         if state_dict is None and self._num_backbones > len(used):
             logger.warning("The reference policy was given in memory and is not part of the saved mixture.")
             names = tuple(f"backbone_{k}." for k in used)

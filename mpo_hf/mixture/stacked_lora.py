@@ -111,7 +111,11 @@ class AdapterStacks:
         if torch.compiler.is_compiling():
             return self._refusals.get(adapter, "unknown") is None
         if adapter not in self._refusals:
-            reason = self._refusals[adapter] = why_not_stacked(self.model, adapter)
+            try:
+                reason = why_not_stacked(self.model, adapter)
+            except Exception as error:
+                reason = reason_of(error)
+            self._refusals[adapter] = reason
             if reason is not None:
                 logger.info(f"The adapter {adapter} does not run in one pass with others, because {reason}.")
         return self._refusals[adapter] is None

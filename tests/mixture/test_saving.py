@@ -10,7 +10,15 @@ import pytest
 import torch
 from helpers import BOS, CLOSE, PROGRAMS, SIZES, fake_hub, load_lora, tiny
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    pipeline,
+)
 
 from mpo_hf import MixturePolicyConfig, MixturePolicyModel, MPOConfig
 from mpo_hf.cli.push import PushArguments
@@ -272,6 +280,56 @@ def test_models_in_memory_that_share_one_backbone_cannot_be_saved(folders, tmp_p
 
 
 # ---- what is refused ----
+
+
+def vision_language():
+    """A Qwen2-VL."""
+    rope = {"rope_type": "default", "mrope_section": [1, 2, 1], "rope_theta": 1e4}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 4, "mlp_ratio": 1}
+    ids = {"image_token_id": 28, "video_token_id": 29, "vision_start_token_id": 30, "vision_end_token_id": 31}
+    config = Qwen2VLConfig(text_config={**SIZES, "rope_parameters": rope}, vision_config=vision, **ids)
+    return Qwen2VLForConditionalGeneration(config).eval()
+
+
+class Doubled(LlamaForCausalLM):
+    """A model of somebody's own, whose config is that of another."""
+
+    def get_output_embeddings(self):
+        return None
+
+
+def resized():
+    model = tiny("llama", 1)
+    model.lm_head = torch.nn.Linear(SIZES["hidden_size"], SIZES["vocab_size"])  # with a bias
+    return model
+
+
+CANNOT_BE_OPENED = {
+    "vision and language": (vision_language, "cannot open it again, so that it is mixed in memory only"),
+    "a class of its own": (lambda: Doubled(tiny("llama", 1).config), "would open as a LlamaForCausalLM"),
+    "a changed head": (resized, "would open as a LlamaForCausalLM, in which 'lm_head.bias' differs"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), CANNOT_BE_OPENED.values(), ids=CANNOT_BE_OPENED.keys())
+def test_what_could_not_be_opened_again_is_not_saved(make, reason, tmp_path):
+    mixture = MixturePolicyModel.from_policies([make(), tiny("llama", 2)], labels=["odd", "plain"], vocab_size=32)
+    with pytest.raises(ValueError, match=rf"'odd' .*cannot be saved with the mixture.*{reason}"):
+        mixture.save_pretrained(tmp_path / "mixture")
+    assert not (tmp_path / "mixture").exists()
+
+
+def test_models_that_transformers_opened_from_adapters_are_not_saved_with_their_bases_alone(folders, tmp_path):
+    models = [AutoModelForCausalLM.from_pretrained(adapter) for adapter in (folders.kind, folders.terse)]
+    mixture = MixturePolicyModel.from_policies(models)
+    expected = [load_lora(adapter, folders.base) for adapter in (folders.kind, folders.terse)]
+    logits = sum(model(IDS).logits.log_softmax(-1) / 2 for model in expected)
+    torch.testing.assert_close(mixture(IDS).logits, logits, **CLOSE)
+    with pytest.raises(ValueError, match=r"base_layer.weight' differs.*by those of the adapters"):
+        mixture.save_pretrained(tmp_path / "mixture")
+    again = MixturePolicyModel.from_policies([folders.kind, folders.terse])  # what the message proposes
+    again.save_pretrained(tmp_path / "mixture")
+    assert_same(MixturePolicyModel.from_pretrained(tmp_path / "mixture"), again)
 
 
 def test_folder_of_another_model_is_refused(folders):

@@ -5,13 +5,28 @@ import copy
 import logging
 import re
 
+import peft
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers import BOS, CLOSE, PAD, PROMPTS, VOCAB, RoutedLayer, left_pad, load_lora, save_lora, save_tiny, tiny
+from helpers import (
+    BOS,
+    CLOSE,
+    PAD,
+    PROMPTS,
+    SIZES,
+    VOCAB,
+    RoutedLayer,
+    left_pad,
+    load_lora,
+    save_lora,
+    save_tiny,
+    tiny,
+)
+from packaging import version
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, JambaConfig, JambaForCausalLM, StaticCache
 
 from mpo_hf import MixturePolicyModel
 from mpo_hf.mixture.stacked_lora import KEPT_STACKS, AdapterStacks, StackedLoraLinear, stack_adapters
@@ -42,6 +57,12 @@ SUPPORTED = {
 REFUSED = {
     "dora": ({"use_dora": True}, "DoraLinearVariant"),
 }
+
+
+# as of the versions of Transformers and PEFT that the test environments have
+needs_peft_21 = pytest.mark.skipif(
+    version.parse(peft.__version__) < version.parse("0.21"), reason="PEFT itself fails here before 0.21"
+)
 
 
 def simple(architecture):
@@ -176,6 +197,7 @@ def test_adapter_of_single_tokens_runs_after_the_base(tmp_path, caplog):
     torch.testing.assert_close(mixture(IDS).logits, expected, **CLOSE)
 
 
+@needs_peft_21
 def test_saved_modules_whose_rows_cannot_be_told_apart_run_one_after_another(tmp_path):
     """Attention takes more than hidden states."""
     first = {"target_modules": ["o_proj", "up_proj"], "modules_to_save": ["self_attn"]}
@@ -230,6 +252,22 @@ def test_adapters_on_routed_experts_run_one_after_another(caplog):
     with caplog.at_level(logging.INFO, logger="mpo_hf.mixture.stacked_lora"):
         assert stack_adapters(model, ["first", "second"]) is None
     assert "a layer of theirs saw" in caplog.text
+
+
+@needs_peft_21
+def test_whatever_a_stack_raises_adapters_run_one_after_another(tmp_path, caplog):
+    """The Mamba layers of Jamba read weights of layers that LoRA wraps, by names that a stack has not."""
+    sizes = {**SIZES, "num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1}
+    config = JambaConfig(**sizes, mamba_d_state=4, mamba_dt_rank=2, use_mamba_kernels=False)
+    base = str(tmp_path / "base")
+    JambaForCausalLM(config).save_pretrained(base)
+    adapters = [save_lora(tmp_path / f"lora_{i}", base, 30 + i, r=2, target_modules="all-linear") for i in range(2)]
+    mixture = MixturePolicyModel.from_policies(adapters)
+    with caplog.at_level(logging.INFO, logger="mpo_hf.mixture.stacked_lora"):
+        assert mixture.stacked_components == []
+    assert "run one after another, because of an error: AttributeError" in caplog.text
+    expected = sum(model(IDS, use_cache=False).logits.log_softmax(-1) / 2 for model in alone(base, *adapters)[1:])
+    torch.testing.assert_close(mixture(IDS, use_cache=False).logits, expected, **CLOSE)
 
 
 def test_models_that_are_offloaded_run_one_after_another(tmp_path, caplog):
