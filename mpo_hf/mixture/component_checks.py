@@ -82,7 +82,9 @@ def check_can_be_opened(models: Mapping[str, PreTrainedModel]) -> None:
             raise ValueError(
                 f"{subject}: `AutoModelForCausalLM` cannot open it again, so that it is mixed in memory only. {reason}"
             ) from err
-        own, found = ({key: value.shape for key, value in m.state_dict().items()} for m in (model, opened))
+        own, found = (
+            {key: getattr(value, "shape", None) for key, value in m.state_dict().items()} for m in (model, opened)
+        )
         apart = sorted(key for key in own.keys() | found.keys() if own.get(key) != found.get(key))
         if type(opened) is not type(model) or apart:
             difference = f", in which {apart[0]!r} differs" if apart else ""

@@ -438,7 +438,8 @@ class MixturePolicyModel(
                 The policies, each one of: a repo id or folder of a causal language model or of a PEFT adapter; a
                 dictionary or [`MixtureComponent`] with its revision, subfolder, adapter and so on; a model in memory.
                 Mixtures among them are flattened into their components, which keep their labels. A vocabulary that is
-                claimed for such a mixture, and the plausibility of the first policy, hold for all.
+                claimed for such a mixture, and the plausibility of the first policy, hold for all. A model in memory is
+                put into evaluation mode; a `PeftModel` runs with the adapter that is active now.
             weights (`Sequence[float]`, *optional*):
                 Mixture weights, one a policy, >= 0 with sum 1. Defaults to uniform weights.
             reference (*optional*):
@@ -575,7 +576,7 @@ class MixturePolicyModel(
         used = [handle.backbone for handle in self.policies]
         if used != list(range(len(used))) or any(handle.adapter is not None for handle in self.policies):
             raise ValueError(
-                "Components that share one model in memory cannot be written into one checkpoint. Save the adapters or "
+                "Adapters, and components that share one model in memory, cannot be written into one checkpoint. Save the adapters or "
                 "models, and mix them by their folders or repo ids."
             )
         if len(dtypes := {backbone.dtype for backbone in self.backbones[: len(used)]}) > 1:
@@ -583,7 +584,7 @@ class MixturePolicyModel(
                 f"A checkpoint is loaded in one dtype, but the components have {sorted(map(str, dtypes))}. Convert the "
                 "mixture (`model.to(torch.bfloat16)`), or save the models and mix them by their folders or repo ids."
             )
-        if not hasattr(self, "peft_config"):  # of an adapter over the mixture, no more than the adapter is saved
+        if not getattr(self, "_hf_peft_config_loaded", False):  # else Transformers saves the adapter over the mixture
             check_can_be_opened(dict(zip(self.config.labels, self.backbones)))
         if state_dict is None and self._num_backbones > len(used):
             logger.warning("The reference policy was given in memory and is not part of the saved mixture.")

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from helpers import BOS, CLOSE, PROGRAMS, SIZES, fake_hub, load_lora, tiny
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
@@ -317,6 +318,17 @@ def test_what_could_not_be_opened_again_is_not_saved(make, reason, tmp_path):
     with pytest.raises(ValueError, match=rf"'odd' .*cannot be saved with the mixture.*{reason}"):
         mixture.save_pretrained(tmp_path / "mixture")
     assert not (tmp_path / "mixture").exists()
+
+
+def test_a_mixture_that_peft_wrapped_is_not_saved_without_its_adapter(tmp_path):
+    mixture = MixturePolicyModel.from_policies([tiny("llama", 1), tiny("llama", 2)])
+    adapted = get_peft_model(mixture, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="q_proj.base_layer.weight' differs"):
+        mixture.save_pretrained(tmp_path / "mixture")
+    adapted.unload().save_pretrained(tmp_path / "mixture")
+    opened = MixturePolicyModel.from_pretrained(tmp_path / "mixture")
+    expected = MixturePolicyModel.from_policies([tiny("llama", 1), tiny("llama", 2)])
+    torch.testing.assert_close(opened(IDS).logits, expected(IDS).logits, **CLOSE)
 
 
 def test_models_that_transformers_opened_from_adapters_are_not_saved_with_their_bases_alone(folders, tmp_path):
