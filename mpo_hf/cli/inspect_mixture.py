@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, logging
 
-from ..mixture.component_loading import resolve_relative
+from ..mixture.component_paths import resolve_relative
 from ..mixture.configuration_mixture import MixtureComponent, MixturePolicyConfig
 from ..mixture.hub_files import Location, read_license
 from ..mixture.mixture_building import read_mixture_config

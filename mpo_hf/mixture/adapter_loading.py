@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils import is_peft_available
 
 from .component_checks import check_all_loaded
+from .component_errors import errors_named
 from .configuration_mixture import MixtureComponent
 
 
@@ -126,17 +127,16 @@ def _load(model: nn.Module, folder: str, name: str, does_not_fit: str) -> tuple[
     if is_peft_available():
         from peft import PeftModel
 
-    try:
-        if not hasattr(model, "get_base_model"):
-            model = PeftModel.from_pretrained(model, folder, name)
-        return model, model.load_adapter(folder, name)  # one that is there already has its weights read again
-    except KeyError as err:
-        raise ValueError(
-            f"{does_not_fit}: PEFT looks in it for {err}, of a module that it, or an adapter before it, trains as a whole or in "
-            "single tokens. List an adapter with `trainable_token_indices` behind the others."
-        ) from err
-    except (RuntimeError, ValueError) as err:
-        raise ValueError(f"{does_not_fit}: {err}") from err
+    with errors_named(f"{does_not_fit}:"):
+        try:
+            if not hasattr(model, "get_base_model"):
+                model = PeftModel.from_pretrained(model, folder, name)
+            return model, model.load_adapter(folder, name)  # one that is there already has its weights read again
+        except KeyError as err:
+            raise ValueError(
+                f"PEFT looks in it for {err}, of a module that it, or an adapter before it, trains as a whole or in single "
+                "tokens. List an adapter with `trainable_token_indices` behind the others."
+            ) from err
 
 
 def _unfilled(model: nn.Module, name: str, missing: Sequence[str]) -> set[str]:
@@ -152,7 +152,8 @@ def _check_same_kind(model: nn.Module, folder: str, component: MixtureComponent)
     if is_peft_available():
         from peft import PeftConfig
 
-    kind = PeftConfig.from_pretrained(folder).peft_type
+    with errors_named(f"The config of the adapter {component.adapter!r} cannot be read."):
+        kind = PeftConfig.from_pretrained(folder).peft_type
     others = {config.peft_type for config in getattr(model, "peft_config", {}).values()} - {kind}
     if others:
         raise ValueError(

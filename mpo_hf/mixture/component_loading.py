@@ -21,6 +21,8 @@ from transformers.utils import cached_file, is_peft_available, logging
 
 from .adapter_loading import check_adapter_kind, put_adapter, share_weights
 from .component_checks import ALLOW_UNMATCHED, check_all_loaded, check_decoder
+from .component_errors import errors_named
+from .config_schema import is_text, shown
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig
 from .hub_files import (
     ADAPTER_CONFIG,
@@ -30,6 +32,7 @@ from .hub_files import (
     explain_hub_error,
     file_kwargs,
     hub_kwargs,
+    is_repo,
     require_safetensors,
 )
 from .tokenizer_loading import load_tokenizer
@@ -85,10 +88,23 @@ def find_adapter_config(component: MixtureComponent, **kwargs) -> dict[str, Any]
     except (OSError, ValueError) as err:
         hint = explain_hub_error(err, component.adapter_revision) or "It is neither a folder nor a repo id. "
         raise OSError(f"{_describe(component)} cannot be opened. {hint}{err}") from err
-    if path is None:
-        return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    return None if path is None else _read_adapter_config(path, component)
+
+
+def _read_adapter_config(path: str, component: MixtureComponent) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError, RecursionError) as err:
+        raise OSError(f"The {ADAPTER_CONFIG} of {_describe(component)} cannot be read: {err}") from err
+    if not isinstance(config, dict):
+        raise ValueError(f"The {ADAPTER_CONFIG} of {_describe(component)} must hold a mapping, got {shown(config)}.")
+    for name in ("base_model_name_or_path", "revision"):
+        if config.get(name) and not is_text(config[name]):
+            raise ValueError(
+                f"`{name}` of the adapter {_describe(component)} must be a string, got {shown(config[name])}."
+            )
+    return config
 
 
 def as_component(policy: str | os.PathLike | dict | MixtureComponent, **kwargs) -> MixtureComponent:
@@ -120,6 +136,11 @@ def _recorded_base(component: MixtureComponent, **kwargs) -> dict[str, str | Non
             f"The adapter {component.adapter!r} does not say which base it belongs to. Name it: "
             f"{{'adapter': {component.adapter!r}, 'name_or_path': ...}}."
         )
+    if component.adapter is not None and not os.path.isdir(component.adapter) and not is_repo(base):
+        raise ValueError(
+            f"The adapter {component.adapter!r} was trained over {base!r}, a folder of whoever trained it. Name its base: "
+            f"{{'adapter': {component.adapter!r}, 'name_or_path': ...}}."
+        )
     return {"name_or_path": base, "revision": component.revision or adapter_config.get("revision")}
 
 
@@ -131,47 +152,6 @@ def _absolute(component: MixtureComponent) -> MixtureComponent:
         if path is not None and os.path.isdir(path):
             changes[name] = os.path.abspath(path)
     return replace(component, **changes)
-
-
-def resolve_relative(
-    component: MixtureComponent, folder: str, revision: str | None = None, subfolder: str | None = None
-) -> MixtureComponent:
-    """
-    Resolves paths that a saved config holds relative to itself.
-
-    Args:
-        component (`MixtureComponent`): the component as written in the config.
-        folder (`str`): the folder, or the repo id, that the config was read from.
-        revision (`str`, *optional*): the revision of that repo.
-        subfolder (`str`, *optional*): the folder inside `folder` that the config was read from.
-    """
-    if os.path.isdir(folder):
-        folder = os.path.join(folder, subfolder or "")
-    for name, prefix in (("name_or_path", ""), ("adapter", "adapter_")):
-        path = getattr(component, name)
-        if path is None or os.path.isabs(path):
-            continue
-        explicit = path.startswith(("./", "../")) or path in (".", "..")
-        if os.path.isdir(folder):
-            inside = os.path.normpath(os.path.join(folder, path))
-            if os.path.isdir(inside):
-                component = replace(component, **{name: os.path.abspath(inside)})
-            elif explicit:
-                raise OSError(
-                    f"The mixture in {folder!r} refers to the folder {path!r} beside it, which does not exist."
-                )
-        elif explicit:
-            inside = os.path.join(subfolder or "", path, getattr(component, prefix + "subfolder") or "")
-            inside = os.path.normpath(inside)
-            if inside.startswith(".."):
-                raise OSError(f"The mixture in {folder!r} refers to {path!r}, which lies outside its repository.")
-            changes = {
-                name: folder,
-                prefix + "revision": revision,
-                prefix + "subfolder": inside.removeprefix(".") or None,
-            }
-            component = replace(component, **changes)
-    return component
 
 
 class ComponentLoader:
@@ -247,11 +227,8 @@ class ComponentLoader:
         """
         config = self._configs.get(component.checkpoint)
         if config is None:
-            try:
+            with errors_named(f"The component {_describe(component)} cannot be opened.", component.revision):
                 config = self._fetch_config(component.location)
-            except (OSError, ValueError) as err:
-                hint = explain_hub_error(err, component.revision)
-                raise type(err)(f"The component {_describe(component)} cannot be opened. {hint}{err}") from err
             self._configs[component.checkpoint] = config
         if component.adapter is not None:
             self._check_adapter(component, config)
@@ -319,12 +296,10 @@ class ComponentLoader:
         kwargs.setdefault("use_safetensors", None if component.gguf_file else True)
         if component.gguf_file and component.checkpoint in self._configs:
             kwargs["config"] = copy.deepcopy(self._configs[component.checkpoint])  # reading one takes seconds
-        try:
+        with errors_named(f"The component {_describe(component)} cannot be loaded.", component.revision):
             model, info = AutoModelForCausalLM.from_pretrained(
                 component.name_or_path, **{**kwargs, "output_loading_info": True}
             )
-        except (OSError, ValueError) as err:
-            raise type(err)(f"The component {_describe(component)} cannot be loaded. {err}") from err
         check_decoder(model, _describe(component))
         subject = f"The component {component.name_or_path!r}"
         check_all_loaded(subject, info, self.allow_unmatched, "Give a causal language model.")

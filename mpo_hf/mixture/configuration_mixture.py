@@ -3,17 +3,31 @@
 import copy
 import math
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging
 
 from .compat import layer_types_of, sharing_modes_of
-from .hub_files import Location
+from .config_schema import (
+    FORMAT,
+    MAX_COMPONENTS,
+    MAX_LAYERS,
+    TRANSFORMERS_FIELDS,
+    check_fields,
+    check_format,
+    check_part,
+    is_integer,
+    shown,
+)
+from .mixture_component import MixtureComponent
 from .mixture_weights import check_mixture_weights, prune_mixture_weights
 
+
+logger = logging.get_logger(__name__)
 
 __all__ = ["COMPUTED_FIELDS", "MixtureComponent", "MixturePolicyConfig", "prune_mixture_weights"]
 
@@ -29,112 +43,7 @@ COMPUTED_FIELDS = (
     "labels",
     "decoder_configs",
 )
-
-
-@dataclass
-class MixtureComponent:
-    """
-    Where one policy of a mixture is stored.
-
-    Args:
-        name_or_path (`str`, *optional*):
-            Repo id or folder of a causal language model; with an `adapter`, of the adapter's base. In a saved config, a
-            path that starts with `./` or `../`, or that exists in the folder of the config, is relative to that
-            folder. `None` for a model that was given in memory.
-        revision (`str`, *optional*):
-            Branch, tag or commit of `name_or_path`.
-        subfolder (`str`, *optional*):
-            Folder inside `name_or_path`.
-        variant (`str`, *optional*):
-            Variant of the weight files, such as `"fp16"`.
-        dtype (`str`, *optional*):
-            dtype to load this component in, such as `"bfloat16"`.
-        gguf_file (`str`, *optional*):
-            GGUF file inside `name_or_path` to load the model from.
-        adapter (`str`, *optional*):
-            Repo id or folder of a PEFT adapter over `name_or_path`.
-        adapter_revision (`str`, *optional*):
-            Branch, tag or commit of `adapter`; independent of `revision`.
-        adapter_subfolder (`str`, *optional*):
-            Folder inside `adapter`.
-        label (`str`, *optional*):
-            Name of the objective that this policy is aligned to.
-    """
-
-    name_or_path: str | None = None
-    revision: str | None = None
-    subfolder: str | None = None
-    variant: str | None = None
-    dtype: str | None = None
-    gguf_file: str | None = None
-    adapter: str | None = None
-    adapter_revision: str | None = None
-    adapter_subfolder: str | None = None
-    label: str | None = None
-
-    def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, os.PathLike):
-                setattr(self, field.name, os.fspath(value))
-            elif isinstance(value, torch.dtype):
-                setattr(self, field.name, str(value).removeprefix("torch."))
-            elif value is not None and (not isinstance(value, str) or not value):
-                raise ValueError(f"`{field.name}` of a component must be a non-empty string, got {value!r}.")
-        if (
-            self.dtype is not None
-            and self.dtype != "auto"
-            and not isinstance(getattr(torch, self.dtype, None), torch.dtype)
-        ):
-            raise ValueError(
-                f"`dtype` of a component must name a torch dtype, such as 'bfloat16', got {self.dtype!r}."
-            )
-        if self.adapter is None and (self.adapter_revision or self.adapter_subfolder):
-            raise ValueError("`adapter_revision` and `adapter_subfolder` need an `adapter`.")
-
-    @classmethod
-    def from_dict(cls, spec: "dict[str, Any] | MixtureComponent") -> "MixtureComponent":
-        """Builds a component from a dictionary. Unknown keys are an error."""
-        if isinstance(spec, cls):
-            return replace(spec)
-        if is_dataclass(spec) and type(spec).__name__ == cls.__name__:
-            spec = asdict(spec)  # an instance of another copy of this class, which came with the code of a mixture
-        known = [field.name for field in fields(cls)]
-        if not isinstance(spec, dict) or (unknown := sorted(set(spec) - set(known))):
-            what = f"the unknown keys {unknown}" if isinstance(spec, dict) else repr(spec)
-            raise ValueError(f"A component is described by a dictionary with the keys {known}, got {what}.")
-        return cls(**spec)
-
-    def to_dict(self) -> dict[str, str]:
-        """The component as a dictionary, without the fields that are not set."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
-
-    @property
-    def checkpoint(self) -> tuple[str | None, ...]:
-        """
-        The fields that determine which weights are loaded, adapters aside: components that agree in them share a
-        model.
-        """
-        return (self.name_or_path, self.revision, self.subfolder, self.variant, self.dtype, self.gguf_file)
-
-    @property
-    def location(self) -> Location | None:
-        """Where the model is stored, or the base of an adapter; `None` for a model that was given in memory."""
-        if self.name_or_path is None:
-            return None
-        return Location(self.name_or_path, self.revision, self.subfolder, self.gguf_file)
-
-    @property
-    def adapter_location(self) -> Location | None:
-        """Where the adapter is stored; `None` without one."""
-        if self.adapter is None:
-            return None
-        return Location(self.adapter, self.adapter_revision, self.adapter_subfolder)
-
-    @property
-    def source(self) -> str:
-        """The adapter or model of the component, for messages."""
-        return self.adapter or self.name_or_path or "a model in memory"
+PART_NAME = re.compile(r"component_\d+")
 
 
 class _ComponentSubConfigs:
@@ -215,64 +124,63 @@ class MixturePolicyConfig(PreTrainedConfig):
         vocab_size: int | None = None,
         allow_off_simplex: bool = False,
         plausibility: float = 0.0,
+        mixture_format: int = FORMAT,
         **kwargs,
     ):
-        if component_configs is not None and not isinstance(component_configs, list | tuple):
-            raise ValueError(f"`component_configs` must be a list, one a component, got {component_configs!r}.")
-        self.component_configs = [_to_config(config) for config in component_configs or []]
-        if components is None:
-            components = [{} for _ in self.component_configs]
-        elif not isinstance(components, list | tuple):
-            raise ValueError(f"`components` must be a list of dictionaries, got {components!r}.")
-        self.components = [MixtureComponent.from_dict(component) for component in components]
-        if self.component_configs and len(self.component_configs) != len(self.components):
-            raise ValueError(
-                f"Got {len(self.component_configs)} `component_configs` for {len(self.components)} `components`."
-            )
-        self.reference = None if reference is None else MixtureComponent.from_dict(reference)
-        if self.reference is not None and self.reference.name_or_path is None:
-            raise ValueError(f"The reference must say where it lives (`name_or_path`), got {reference!r}.")
-        if not isinstance(allow_off_simplex, bool):
-            raise ValueError(f"`allow_off_simplex` must be true or false, got {allow_off_simplex!r}.")
+        check_format(mixture_format)
+        if kwargs.pop("model_type", self.model_type) != self.model_type:
+            raise ValueError(f"The `model_type` of a mixture is {self.model_type!r}.")
+        if given := [name for name in COMPUTED_FIELDS if kwargs.pop(name, None) is not None]:
+            raise ValueError(f"{given} of a mixture follow from its components, and cannot be set.")
+        kwargs = check_fields(kwargs, OWN_FIELDS)
+        parts = _to_configs(None, [] if component_configs is None else component_configs)
+        self.components = [{} for _ in parts] if components is None else components
+        if parts and len(parts) != len(self.components):
+            raise ValueError(f"Got {len(parts)} `component_configs` for {len(self.components)} `components`.")
+        self.reference = reference
         self.allow_off_simplex = allow_off_simplex
         self.plausibility = plausibility
         self.mixture_weights = mixture_weights
-        smallest = min((config.vocab_size for config in self.decoder_configs), default=None)
-        if vocab_size is None:
-            vocab_size = smallest
-        elif type(vocab_size) is not int or vocab_size < 1:
-            raise ValueError(f"`vocab_size` must be a positive integer, got {vocab_size!r}.")
-        elif smallest is not None and vocab_size > smallest:
-            raise ValueError(f"`vocab_size={vocab_size}` is more than the {smallest} token ids of a component.")
-        self.vocab_size = vocab_size
+        self.component_configs = parts
+        self.vocab_size = self._smallest("vocab_size") if vocab_size is None else vocab_size
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, self._first_of(name))
         kwargs.setdefault("tie_word_embeddings", False)
         self.use_cache = kwargs.pop("use_cache", True)
-        if given := [name for name in COMPUTED_FIELDS if kwargs.pop(name, None) is not None]:
-            raise ValueError(f"{given} of a mixture follow from its components, and cannot be set.")
-        for name in ("attn_implementation", "experts_implementation"):
+        backends = {name: kwargs.get(name) for name in ("attn_implementation", "experts_implementation")}
+        for name, value in backends.items():
             # None would override what the components have; an empty mapping for each leaves it, and that of their parts
-            kwargs[name] = dict.fromkeys(self.sub_configs, {}) if kwargs.get(name) is None else kwargs[name]
+            backends[name] = kwargs[name] = dict.fromkeys(self.sub_configs, {}) if value is None else value
+        # Transformers would go through the layers of all components several times
+        self.component_configs = []
         super().__init__(**kwargs)
+        self.component_configs = parts
+        for name, value in backends.items():
+            setattr(self, f"_{name}", value)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "MixturePolicyConfig":
-        # PreTrainedConfig assigns overrides one by one, and would check weights before `allow_off_simplex` is set
-        names = ("mixture_weights", "allow_off_simplex")
-        overrides = {name: value for name in names if (value := kwargs.pop(name, None)) is not None}
+        # PreTrainedConfig assigns overrides one by one, to whatever attribute has their name. Here they pass the same
+        # checks as the fields that they override.
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if cls._is_field(name)}
+        overrides = {
+            name: value for name, value in overrides.items() if value is not None or name.endswith("_token_id")
+        }
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
-    @property
-    def plausibility(self) -> float:
-        """Tokens below this fraction of the first component's highest probability are excluded."""
-        return self._plausibility
+    @classmethod
+    def _is_field(cls, name: str) -> bool:
+        """Whether an argument of `from_pretrained` concerns this config, and not how files are read."""
+        if name in ("dtype", "torch_dtype", "max_position_embeddings"):  # have a meaning of their own there
+            return False
+        if name.startswith("_"):
+            return name not in ("_from_auto", "_from_pipeline", "_commit_hash")
+        return name in (*OWN_FIELDS, *TRANSFORMERS_FIELDS) or hasattr(cls, name) or bool(PART_NAME.fullmatch(name))
 
-    @plausibility.setter
-    def plausibility(self, value: float) -> None:
-        if not isinstance(value, int | float) or not 0 <= value < 1:
-            raise ValueError(f"`plausibility` must be a number from 0 up to, but not including, 1, got {value!r}.")
-        self._plausibility = float(value)
+    def __setattr__(self, name: str, value: Any) -> None:
+        # whoever assigns a field: the constructor, `update`, an override or a user
+        check = _CHECKS.get(name)
+        super().__setattr__(name, value if check is None else check(self, value))
 
     @property
     def mixture_weights(self) -> list[float]:
@@ -306,6 +214,10 @@ class MixturePolicyConfig(PreTrainedConfig):
     def _first_of(self, name: str) -> Any:
         return next((v for c in self.decoder_configs if (v := getattr(c, name, None)) is not None), None)
 
+    def _smallest(self, name: str) -> int | None:
+        values = (getattr(config, name, None) for config in self.decoder_configs)
+        return min((value for value in values if value is not None and math.isfinite(value)), default=None)
+
     def _largest(self, name: str) -> int | None:
         values = (getattr(config, name, None) for config in self.decoder_configs)
         return max((value for value in values if value is not None), default=None)
@@ -313,11 +225,13 @@ class MixturePolicyConfig(PreTrainedConfig):
     @property
     def labels(self) -> list[str]:
         """Unique names of the components: their labels, or `policy_k` for a component without one."""
-        labels: list[str] = []
+        labels: dict[str, None] = {}
         for k, component in enumerate(self.components):
             label = component.label or f"policy_{k}"
-            labels.append(label if label not in labels else f"{label}_{k}")
-        return labels
+            while label in labels:
+                label = f"{label}_{k}"
+            labels[label] = None
+        return list(labels)
 
     @property
     def decoder_configs(self) -> list[PreTrainedConfig]:
@@ -362,45 +276,122 @@ class MixturePolicyConfig(PreTrainedConfig):
     @property
     def max_position_embeddings(self) -> int | None:
         """The shortest context length of the components that have one. Assigning sets it for all of these."""
-        lengths = [getattr(config, "max_position_embeddings", None) for config in self.decoder_configs]
-        return min((length for length in lengths if length is not None and math.isfinite(length)), default=None)
+        return self._smallest("max_position_embeddings")
 
     @max_position_embeddings.setter
     def max_position_embeddings(self, length: int) -> None:
+        if not is_integer(length, 1):
+            raise ValueError(f"`max_position_embeddings` must be a positive integer, got {shown(length)}.")
         for config in self.decoder_configs:
             if getattr(config, "max_position_embeddings", None) is not None:
                 config.max_position_embeddings = length
 
     def to_dict(self) -> dict[str, Any]:
-        output = super().to_dict()
-        output["mixture_weights"] = output.pop("_mixture_weights")
-        output["plausibility"] = output.pop("_plausibility")
+        output = {name: value for name, value in super().to_dict().items() if name in _SAVED}
+        output["mixture_format"] = FORMAT
+        output["mixture_weights"] = self.mixture_weights
         output["components"] = [component.to_dict() for component in self.components]
         output["reference"] = self.reference.to_dict() if self.reference is not None else None
         output["component_configs"] = [_slim_dict(config) for config in self.component_configs]
         return output
 
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        if unknown := [name for name in vars(self) if name not in _SAVED and not name.startswith("_")]:
+            logger.warning(f"{unknown} are no fields of a mixture's config, and are not saved.")
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
-def _to_config(config: PreTrainedConfig | dict) -> PreTrainedConfig:
-    given = config
-    if not isinstance(config, PreTrainedConfig):
-        if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-            raise ValueError(f"Every entry of `component_configs` needs a `model_type`, got {config!r}.")
-        config = copy.deepcopy(config)
+
+def _to_components(config: MixturePolicyConfig, components: Any) -> list[MixtureComponent]:
+    if not isinstance(components, list | tuple):
+        raise ValueError(f"`components` must be a list of dictionaries, got {shown(components)}.")
+    if len(components) > MAX_COMPONENTS:
+        raise ValueError(f"`components` lists {len(components)} policies; a mixture has at most {MAX_COMPONENTS}.")
+    return [_to_component(f"components[{k}]", component) for k, component in enumerate(components)]
+
+
+def _to_component(name: str, spec: Any) -> MixtureComponent:
+    try:
+        return MixtureComponent.from_dict(spec)
+    except ValueError as err:
+        raise ValueError(f"`{name}`: {err}") from err
+
+
+def _to_reference(config: MixturePolicyConfig, spec: Any) -> MixtureComponent | None:
+    reference = None if spec is None else _to_component("reference", spec)
+    if reference is not None and reference.name_or_path is None:
+        raise ValueError(f"The reference must say where it lives (`name_or_path`), got {shown(spec)}.")
+    return reference
+
+
+def _to_configs(config: MixturePolicyConfig | None, entries: Any) -> list[PreTrainedConfig]:
+    if not isinstance(entries, list | tuple):
+        raise ValueError(f"`component_configs` must be a list, one a component, got {shown(entries)}.")
+    if len(entries) > MAX_COMPONENTS:
+        raise ValueError(
+            f"`component_configs` has {len(entries)} entries; a mixture has at most {MAX_COMPONENTS} components."
+        )
+    configs = []
+    for k, entry in enumerate(entries):
         try:
-            config = AutoConfig.for_model(config.pop("model_type"), **config)
+            configs.append(_to_config(entry))
         except Exception as err:  # each architecture validates its fields in its own way
+            kind = entry.get("model_type") if isinstance(entry, dict) else getattr(entry, "model_type", None)
             raise ValueError(
-                f"The entry {given!r} of `component_configs` is not a valid configuration: {err}"
+                f"`component_configs[{k}]` ({shown(kind)}) does not describe a language model: {err}"
             ) from err
+    return configs
+
+
+def _to_config(config: Any) -> PreTrainedConfig:
+    if not isinstance(config, PreTrainedConfig):
+        check_part(config)
+        config = copy.deepcopy(config)
+        config = AutoConfig.for_model(config.pop("model_type"), **config)
+    if config.model_type == MixturePolicyConfig.model_type:
+        raise ValueError(f"`model_type` is {config.model_type!r}. Mix the components of that mixture instead.")
     decoder = config.get_text_config(decoder=True)
-    for name in ("vocab_size", "num_hidden_layers"):
-        if not isinstance(value := getattr(decoder, name, None), int) or value < 1:
-            entry = type(given).__name__ if isinstance(given, PreTrainedConfig) else repr(given)
-            raise ValueError(
-                f"The entry {entry} of `component_configs` does not describe a language model: `{name}` is {value!r}."
-            )
+    for name, most in (("vocab_size", math.inf), ("num_hidden_layers", MAX_LAYERS)):
+        if not is_integer(value := getattr(decoder, name, None), 1, most):
+            bound = "" if most == math.inf else f" up to {most}"
+            raise ValueError(f"`{name}` must be a positive integer{bound}, got {shown(value)}.")
     return config
+
+
+def _to_vocab_size(config: MixturePolicyConfig, value: Any) -> int | None:
+    if value is None:
+        return None
+    if not is_integer(value, 1):
+        raise ValueError(f"`vocab_size` must be a positive integer, got {shown(value)}.")
+    if value > (smallest := config._smallest("vocab_size") or value):
+        raise ValueError(f"`vocab_size={value}` is more than the {smallest} token ids of a component.")
+    return value
+
+
+def _to_plausibility(config: MixturePolicyConfig, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+        raise ValueError(f"`plausibility` must be a number from 0 up to, but not including, 1, got {shown(value)}.")
+    return float(value)
+
+
+def _to_off_simplex(config: MixturePolicyConfig, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"`allow_off_simplex` must be true or false, got {shown(value)}.")
+    if not value and (weights := config.__dict__.get("_mixture_weights")):
+        check_mixture_weights(weights, len(weights))
+    return value
+
+
+# What an assignment goes through: a function that returns the value to keep, or refuses it.
+_CHECKS = {
+    "components": _to_components,
+    "component_configs": _to_configs,
+    "reference": _to_reference,
+    "vocab_size": _to_vocab_size,
+    "plausibility": _to_plausibility,
+    "allow_off_simplex": _to_off_simplex,
+}
+OWN_FIELDS = (*_CHECKS, "mixture_weights", "mixture_format")
+_SAVED = {*OWN_FIELDS, *TRANSFORMERS_FIELDS, "_name_or_path", "model_type"}
 
 
 def _slim_dict(config: PreTrainedConfig) -> dict[str, Any]:

@@ -79,6 +79,12 @@ def file_kwargs(load_kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in hub_kwargs(load_kwargs).items() if name != "trust_remote_code"}
 
 
+def leads_out(path: str) -> bool:
+    """Whether a path inside of a folder or repository is absolute, or leads out of it."""
+    parts = re.split(r"[/\\]", path)
+    return parts[0] in ("", "~") or ":" in parts[0] or ".." in parts
+
+
 def is_repo(path: str) -> bool:
     """Whether a path is a repo id, and not a folder."""
     if os.path.isabs(path) or path.startswith(".") or os.path.isdir(path):

@@ -19,8 +19,8 @@ from .component_loading import (
     PolicyHandle,
     as_component,
     compare_vocabularies,
-    resolve_relative,
 )
+from .component_paths import resolve_relative
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig
 from .hub_files import Location, file_kwargs, hub_kwargs
 from .mixture_generation import why_endless

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
-from .hub_files import Location, hub_kwargs
+from .hub_files import Location, file_kwargs, hub_kwargs
 
 
 def load_tokenizer(
@@ -27,14 +28,28 @@ def load_tokenizer(
     for location in locations:
         try:
             return AutoTokenizer.from_pretrained(location.name_or_path, **location.kwargs, **kwargs)
-        except (OSError, ValueError) as err:
+        except Exception as err:  # of the tokenizers library, for broken files, too
             reasons.append(f"{location.name_or_path!r}: {' '.join(str(err).split())}")
+            if _has_tokenizer(location, **kwargs):  # that of another location may have another vocabulary
+                break
     sentences = [
         f"{whose} has no tokenizer that can be read.",
         advice,
         f"Tried {'; '.join(reasons)}" if reasons else "",
     ]
     raise ValueError(" ".join(filter(None, sentences)))
+
+
+def _has_tokenizer(location: Location, **kwargs: Any) -> bool:
+    """Whether a location has files of a tokenizer, so that a tokenizer that cannot be read is broken, and not missing."""
+    kwargs = {**location.kwargs, **file_kwargs(kwargs), "_raise_exceptions_for_missing_entries": False}
+    try:
+        return any(
+            cached_file(location.name_or_path, name, **kwargs) is not None
+            for name in ("tokenizer_config.json", "tokenizer.json")
+        )
+    except (OSError, ValueError):
+        return False
 
 
 def load_mixture_tokenizer(
