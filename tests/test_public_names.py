@@ -73,7 +73,7 @@ OVERRIDDEN = {
     "prepare_inputs_for_generation",
     "MixtureLogitsProcessor": "supports_continuous_batching",
     "MixturePolicyConfig": "from_dict hidden_size layer_types max_position_embeddings model_type num_attention_heads "
-    "num_hidden_layers per_layer_config sub_configs to_dict",
+    "num_hidden_layers per_layer_config save_pretrained sub_configs to_dict",
     "MixturePolicyModel": "_is_stateful all_tied_weights_keys base_model base_model_prefix config config_class "
     "create_masks_for_generate device forward from_pretrained get_compiled_call get_expanded_tied_weights_keys get_input_embeddings "
     "get_output_embeddings hf_device_map init_continuous_batching init_parallel_plans init_weights loss_type "

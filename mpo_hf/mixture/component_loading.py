@@ -22,7 +22,7 @@ from transformers.utils import cached_file, is_peft_available, logging
 from .adapter_loading import check_adapter_kind, put_adapter, share_weights
 from .component_checks import ALLOW_UNMATCHED, check_all_loaded, check_decoder
 from .component_errors import errors_named
-from .config_schema import is_text, shown
+from .config_schema import blame, check_depth, is_text, shown
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig
 from .hub_files import (
     ADAPTER_CONFIG,
@@ -229,6 +229,7 @@ class ComponentLoader:
         if config is None:
             with errors_named(f"The component {_describe(component)} cannot be opened.", component.revision):
                 config = self._fetch_config(component.location)
+                check_depth(config)
             self._configs[component.checkpoint] = config
         if component.adapter is not None:
             self._check_adapter(component, config)
@@ -241,7 +242,13 @@ class ComponentLoader:
             fields, _ = PreTrainedConfig.get_config_dict(path, **location.kwargs, **file_kwargs(self.load_kwargs))
             if fields.get("model_type") == MixturePolicyConfig.model_type:
                 return MixturePolicyConfig.from_dict(fields)
-        return AutoConfig.from_pretrained(path, **location.kwargs, **hub_kwargs(self.load_kwargs))
+        try:
+            return AutoConfig.from_pretrained(path, **location.kwargs, **hub_kwargs(self.load_kwargs))
+        except (OSError, ImportError):
+            raise
+        except Exception as err:
+            fields, _ = PreTrainedConfig.get_config_dict(path, **location.kwargs, **file_kwargs(self.load_kwargs))
+            raise ValueError(f"{blame(fields)}{err}") from err
 
     def _check_adapter(self, component: MixtureComponent, config: PreTrainedConfig) -> None:
         if not is_peft_available():

@@ -64,7 +64,7 @@ def _check_from_hub(name: str, path: str, explicit: bool, folder: str) -> None:
         raise ValueError(
             f"`{name}` {shown(path)} of a component of {folder!r} is a folder of this machine, or no name of a repository. A "
             "mixture from the Hub opens repositories, and folders inside of its own (`./...`), only. If you mean that folder, "
-            "mix the policies yourself by `MixturePolicyModel.from_policies`."
+            "mix the policies yourself by `MixturePolicyModel.from_policies`; if you do not, work in a directory without it."
         )
 
 

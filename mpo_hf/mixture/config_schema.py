@@ -1,23 +1,29 @@
 """What the config of a mixture may hold: every key, its type and its size. What is not listed here reaches no attribute."""
 
+import copy
 import difflib
+import math
 import os
 import re
 import reprlib
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
 
 # The format of the configs that this version writes. It is raised when an older version would misread a newer config.
 FORMAT = 1
+MODEL_TYPE = "mpo_mixture"
 # The deepest language models have about 130 layers. Without a bound, a number in a file decides how long opening takes.
 MAX_LAYERS = 1000
 MAX_COMPONENTS = 256
 MAX_LABELS = 100_000
+_LARGEST = {"num_hidden_layers": MAX_LAYERS, "num_labels": MAX_LABELS}
+MAX_TRIED = 100  # fields that may be to blame
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can hold and files cannot
 _shorten = reprlib.Repr()
@@ -30,7 +36,7 @@ def shown(value: Any) -> str:
     return _shorten.repr(value)
 
 
-def is_integer(value: Any, least: int, most: float = float("inf")) -> bool:
+def is_integer(value: Any, least: int, most: float = math.inf) -> bool:
     """Whether a value is an integer, and not `True` or `False`, within bounds."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
@@ -182,6 +188,8 @@ def check_part(config: Any) -> None:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str):
         raise ValueError(f"it needs a `model_type`, got {shown(config)}.")
+    if kind == MODEL_TYPE:
+        raise ValueError(f"`model_type` is {MODEL_TYPE!r}. Mix the components of that mixture instead.")
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"`model_type` {shown(kind)} is not known to this version of Transformers.")
     machinery = _machinery(CONFIG_MAPPING[kind])
@@ -190,29 +198,65 @@ def check_part(config: Any) -> None:
     check_sizes(config)
 
 
+def check_language_model(config: PreTrainedConfig) -> None:
+    """Refuses the config of something that is not a decoder of text, or out of all proportion."""
+    if config.is_encoder_decoder:
+        raise ValueError("`is_encoder_decoder` is True; only causal language models can be mixed.")
+    decoder = config.get_text_config(decoder=True)
+    for name, most in (("vocab_size", math.inf), ("num_hidden_layers", MAX_LAYERS)):
+        if not is_integer(value := getattr(decoder, name, None), 1, most):
+            bound = "" if most == math.inf else f" up to {most}"
+            raise ValueError(f"`{name}` must be a positive integer{bound}, got {shown(value)}.")
+
+
+def check_depth(config: PreTrainedConfig) -> None:
+    """Refuses a model with more layers than any model has, before they are built."""
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if config.model_type != MODEL_TYPE and is_integer(layers, MAX_LAYERS + 1):
+        raise ValueError(f"`num_hidden_layers` must be at most {MAX_LAYERS}, got {shown(layers)}.")
+
+
 def check_sizes(config: Mapping[str, Any]) -> None:
-    """Refuses numbers of layers and labels that are out of all proportion, also in the configs of parts."""
+    """Refuses the numbers that Transformers turns into lists as long as they say, here and in the configs of parts."""
     for key, value in config.items():
         if isinstance(value, dict):
             check_sizes(value)
-        limit = MAX_LABELS if key == "num_labels" else MAX_LAYERS if _counts_layers(key) else None
-        if limit is not None and isinstance(value, int | float) and abs(value) > limit:
-            raise ValueError(f"`{key}` is {shown(value)}, which is more than {limit}.")
+        elif isinstance(value, int | float) and value > _LARGEST.get(key, value):
+            raise ValueError(f"`{key}` must be at most {_LARGEST[key]}, got {shown(value)}.")
 
 
-def _counts_layers(key: str) -> bool:
-    return key.endswith(("layers", "_layer", "num_blocks")) and not key.startswith("per_")
+def blame(config: Mapping[str, Any], build: Callable[[dict[str, Any]], Any] | None = None) -> str:
+    """
+    Says which field of the config of a component keeps it from being built: one without which it can be built, or with 1
+    for a number that is not positive. Each architecture checks its fields in its own way, and few say which it is about.
+
+    Args:
+        config (`Mapping[str, Any]`): the config, as it is written to files.
+        build (`Callable`, *optional*): builds what is to be built from such a config. Defaults to the config itself.
+
+    Returns:
+        `str`: a sentence, or nothing where no field alone is to blame.
+    """
+    for key, value in list(config.items())[:MAX_TRIED]:
+        others = {name: other for name, other in config.items() if name != key}
+        for tried in (others, {**others, key: 1}) if _is_number(value) and value <= 0 else (others,):
+            try:
+                (build or _build_config)(copy.deepcopy(tried))
+            except Exception:
+                continue
+            return f"`{key}` is {shown(value)}. "
+    return ""
+
+
+def _build_config(config: dict[str, Any]) -> PreTrainedConfig:
+    return AutoConfig.for_model(**config)
 
 
 @cache
 def _machinery(config_class: type[PreTrainedConfig]) -> frozenset[str]:
-    """Methods, constants and hidden storage of a class of configs."""
-    stored = {name for name in vars(PreTrainedConfig()) if name.startswith("_")} - set(_STORED_AS)
-    fields = set(config_class.__dataclass_fields__)
-    names = set()
-    for name in set(dir(config_class)) - fields - {"model_type"}:
-        value = getattr(config_class, name)
-        if callable(value) or (hasattr(PreTrainedConfig, name) and not isinstance(value, property)):
-            names.add(name)
-    private = {name for name in dir(PreTrainedConfig) if name.startswith("_")}
-    return frozenset(names | stored | private | {"_heterogeneity_spec"})
+    """What a class of configs consists of beside its fields: methods, constants, and storage behind properties."""
+    names = {"_heterogeneity_spec", *vars(PreTrainedConfig())} - {"_name_or_path"}
+    private = {name for name in (*names, *dir(PreTrainedConfig)) if name.startswith("_")}
+    constants = {name for name in dir(PreTrainedConfig) if not isinstance(getattr(PreTrainedConfig, name), property)}
+    methods = {name for name in dir(config_class) if callable(getattr(config_class, name))}
+    return frozenset((private | constants | methods) - {field.name for field in fields(config_class)} - {"model_type"})

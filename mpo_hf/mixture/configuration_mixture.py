@@ -15,10 +15,12 @@ from .compat import layer_types_of, sharing_modes_of
 from .config_schema import (
     FORMAT,
     MAX_COMPONENTS,
-    MAX_LAYERS,
+    MODEL_TYPE,
     TRANSFORMERS_FIELDS,
+    blame,
     check_fields,
     check_format,
+    check_language_model,
     check_part,
     is_integer,
     shown,
@@ -84,11 +86,15 @@ class MixturePolicyConfig(PreTrainedConfig):
         plausibility (`float`, *optional*, defaults to 0.0):
             Excludes tokens whose probability under the first component is less than this fraction of that of its most
             likely token; see [`MixturePolicyModel.from_contrast`]. 0 excludes none.
+        mixture_format (`int`, *optional*):
+            The format of the config, written when it is saved. Configs of later formats are refused.
         kwargs:
-            Passed on to [`~transformers.PreTrainedConfig`].
+            Fields that Transformers, or a library that trains its models, keeps in any config; see
+            [`~transformers.PreTrainedConfig`].
 
     Raises:
-        `ValueError`: for invalid weights, components or vocabulary sizes.
+        `ValueError`: for invalid weights, components or vocabulary sizes, for a field that is not known, and for a value
+            of another type.
 
     Example:
 
@@ -108,7 +114,7 @@ class MixturePolicyConfig(PreTrainedConfig):
     ```
     """
 
-    model_type = "mpo_mixture"
+    model_type = MODEL_TYPE
     keys_to_ignore_at_inference = [
         "cache",
         "past_key_values",
@@ -287,7 +293,8 @@ class MixturePolicyConfig(PreTrainedConfig):
                 config.max_position_embeddings = length
 
     def to_dict(self) -> dict[str, Any]:
-        output = {name: value for name, value in super().to_dict().items() if name in _SAVED}
+        output = super().to_dict()
+        output = {name: value for name, value in output.items() if name in _SAVED}
         output["mixture_format"] = FORMAT
         output["mixture_weights"] = self.mixture_weights
         output["components"] = [component.to_dict() for component in self.components]
@@ -330,31 +337,25 @@ def _to_configs(config: MixturePolicyConfig | None, entries: Any) -> list[PreTra
         raise ValueError(
             f"`component_configs` has {len(entries)} entries; a mixture has at most {MAX_COMPONENTS} components."
         )
-    configs = []
-    for k, entry in enumerate(entries):
-        try:
-            configs.append(_to_config(entry))
-        except Exception as err:  # each architecture validates its fields in its own way
-            kind = entry.get("model_type") if isinstance(entry, dict) else getattr(entry, "model_type", None)
-            raise ValueError(
-                f"`component_configs[{k}]` ({shown(kind)}) does not describe a language model: {err}"
-            ) from err
-    return configs
+    return [_to_config(f"component_configs[{k}]", entry) for k, entry in enumerate(entries)]
 
 
-def _to_config(config: Any) -> PreTrainedConfig:
-    if not isinstance(config, PreTrainedConfig):
-        check_part(config)
-        config = copy.deepcopy(config)
-        config = AutoConfig.for_model(config.pop("model_type"), **config)
-    if config.model_type == MixturePolicyConfig.model_type:
-        raise ValueError(f"`model_type` is {config.model_type!r}. Mix the components of that mixture instead.")
-    decoder = config.get_text_config(decoder=True)
-    for name, most in (("vocab_size", math.inf), ("num_hidden_layers", MAX_LAYERS)):
-        if not is_integer(value := getattr(decoder, name, None), 1, most):
-            bound = "" if most == math.inf else f" up to {most}"
-            raise ValueError(f"`{name}` must be a positive integer{bound}, got {shown(value)}.")
+def _to_config(name: str, entry: Any) -> PreTrainedConfig:
+    try:
+        config = entry if isinstance(entry, PreTrainedConfig) else _build(entry)
+        check_language_model(config)
+    except Exception as err:  # each architecture validates its fields in its own way
+        kind = entry.get("model_type") if isinstance(entry, dict) else getattr(entry, "model_type", entry)
+        raise ValueError(f"`{name}` ({shown(kind)}) does not describe a language model. {err}") from err
     return config
+
+
+def _build(entry: Any) -> PreTrainedConfig:
+    check_part(entry)
+    try:
+        return AutoConfig.for_model(**copy.deepcopy(entry))
+    except Exception as err:
+        raise ValueError(f"{blame(entry)}{err}") from err
 
 
 def _to_vocab_size(config: MixturePolicyConfig, value: Any) -> int | None:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from .adapter_loading import active_adapter_of
 from .component_checks import check_decoder
+from .component_errors import errors_named
 from .component_loading import (
     ComponentLoader,
     Policy,
@@ -325,7 +326,9 @@ def _read_generation_config(
     folder: str, revision: str | None, subfolder: str | None, kwargs: dict[str, Any]
 ) -> GenerationConfig | None:
     location = Location(folder, revision, subfolder)
-    try:
-        return GenerationConfig.from_pretrained(folder, **location.kwargs, **file_kwargs(kwargs))
-    except OSError:
+    kwargs = {**location.kwargs, **file_kwargs(kwargs)}
+    lenient = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    if cached_file(folder, "generation_config.json", **lenient, **kwargs) is None:
         return None  # a mixture without one has that of its first component
+    with errors_named(f"The generation config of the mixture {folder!r} cannot be read."):
+        return GenerationConfig.from_pretrained(folder, **kwargs)

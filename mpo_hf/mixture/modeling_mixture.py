@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
@@ -23,6 +23,7 @@ from .compat import (
     without_peft,
 )
 from .component_checks import ALLOW_UNMATCHED, check_all_loaded, check_can_be_opened, check_decoder
+from .component_errors import build_from_config, errors_named
 from .component_loading import ComponentLoader, Policy, PolicyHandle, is_by_component
 from .component_running import ComponentRunningMixin
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig
@@ -111,7 +112,9 @@ class MixturePolicyModel(
         self.loss_type = "ForCausalLM"
         self._built_from_config = backbones is None
         if backbones is None:
-            backbones = [AutoModelForCausalLM.from_config(c) for c in config.component_configs]
+            backbones = [
+                build_from_config(f"`component_configs[{k}]`", part) for k, part in enumerate(config.component_configs)
+            ]
             for label, backbone in zip(config.labels, backbones):
                 check_decoder(backbone, repr(label))
         if not backbones:
@@ -521,7 +524,8 @@ class MixturePolicyModel(
                 kwargs["device_map"] = {name.replace("component_", "backbone_"): d for name, d in device_map.items()}
             allow_unmatched = kwargs.pop(ALLOW_UNMATCHED, False)
             kwargs["output_loading_info"] = True
-            model, info = super().from_pretrained(folder, *model_args, config=config, **kwargs)
+            with errors_named(f"The mixture {folder!r} cannot be loaded."):
+                model, info = super().from_pretrained(folder, *model_args, config=config, **kwargs)
             check_all_loaded(f"The mixture {folder!r}", info, allow_unmatched, "Save it again.")
             return (model, info) if output_loading_info else model
         attention = _take_attention_by_component(kwargs)
