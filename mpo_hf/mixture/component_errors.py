@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .config_schema import blame
+from .config_schema import blame, reason_of
 from .hub_files import explain_hub_error
 
 
@@ -31,20 +31,22 @@ def errors_named(failure: str, revision: str | None = None) -> Iterator[None]:
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as err:
+        if torch.get_default_device().type == "meta":  # nothing can be loaded there, as Transformers says
+            raise
         unreadable = isinstance(err, OSError) or type(err).__name__ == "SafetensorError"
-        reason = str(err) if isinstance(err, OSError | ValueError) else f"{type(err).__name__}: {err}"
+        reason = reason_of(err) if isinstance(err, OSError | ValueError) else f"{type(err).__name__}: {reason_of(err)}"
         raise (OSError if unreadable else ValueError)(f"{failure} {explain_hub_error(err, revision)}{reason}") from err
 
 
 def build_from_config(name: str, config: PreTrainedConfig) -> PreTrainedModel:
     """A component with random weights. The error says which field of its config it cannot be built from."""
-    with errors_named(f"{name} cannot be built."):
-        try:
-            return AutoModelForCausalLM.from_config(config)
-        except (ImportError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as err:
-            raise ValueError(f"{blame(config.to_diff_dict(), _build_without_weights)}{err}") from err
+    try:
+        return AutoModelForCausalLM.from_config(config)
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as err:
+        field = blame(config.to_diff_dict(), _build_without_weights)
+        raise ValueError(f"{name} cannot be built. {field}{reason_of(err)}") from err
 
 
 def _build_without_weights(fields: dict[str, Any]) -> PreTrainedModel:

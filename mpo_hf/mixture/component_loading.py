@@ -22,7 +22,7 @@ from transformers.utils import cached_file, is_peft_available, logging
 from .adapter_loading import check_adapter_kind, put_adapter, share_weights
 from .component_checks import ALLOW_UNMATCHED, check_all_loaded, check_decoder
 from .component_errors import errors_named
-from .config_schema import blame, check_depth, is_text, shown
+from .config_schema import blame, check_depth, is_text, reason_of, shown
 from .configuration_mixture import MixtureComponent, MixturePolicyConfig
 from .hub_files import (
     ADAPTER_CONFIG,
@@ -248,7 +248,7 @@ class ComponentLoader:
             raise
         except Exception as err:
             fields, _ = PreTrainedConfig.get_config_dict(path, **location.kwargs, **file_kwargs(self.load_kwargs))
-            raise ValueError(f"{blame(fields)}{err}") from err
+            raise ValueError(f"{blame(fields)}{reason_of(err)}") from err
 
     def _check_adapter(self, component: MixtureComponent, config: PreTrainedConfig) -> None:
         if not is_peft_available():

@@ -36,6 +36,12 @@ def shown(value: Any) -> str:
     return _shorten.repr(value)
 
 
+def reason_of(err: BaseException) -> str:
+    """What an error of another library says, as far as a person would read."""
+    text = str(err)
+    return text if len(text) <= 2000 else f"{text[:2000]}..."
+
+
 def is_integer(value: Any, least: int, most: float = math.inf) -> bool:
     """Whether a value is an integer, and not `True` or `False`, within bounds."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
@@ -115,7 +121,9 @@ TRANSFORMERS_FIELDS: dict[str, Rule] = {
         "a mapping from numbers to strings",
     ),
     "label2id": (
-        lambda value: isinstance(value, dict) and all(is_integer(index, 0) for index in value.values()),
+        lambda value: (
+            isinstance(value, dict) and all(is_integer(index, 0) or isinstance(index, str) for index in value.values())
+        ),
         "a mapping from strings to numbers",
     ),
     "problem_type": (
@@ -192,6 +200,8 @@ def check_part(config: Any) -> None:
         raise ValueError(f"`model_type` is {MODEL_TYPE!r}. Mix the components of that mixture instead.")
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"`model_type` {shown(kind)} is not known to this version of Transformers.")
+    if config.get("is_encoder_decoder"):
+        raise ValueError("`is_encoder_decoder` is true; only causal language models can be mixed.")
     machinery = _machinery(CONFIG_MAPPING[kind])
     if reserved := [key for key in config if key in machinery or key.startswith("__")]:
         raise ValueError(f"{shown(reserved)} cannot be set: they are parts of the class of the config, not fields.")
@@ -200,8 +210,6 @@ def check_part(config: Any) -> None:
 
 def check_language_model(config: PreTrainedConfig) -> None:
     """Refuses the config of something that is not a decoder of text, or out of all proportion."""
-    if config.is_encoder_decoder:
-        raise ValueError("`is_encoder_decoder` is True; only causal language models can be mixed.")
     decoder = config.get_text_config(decoder=True)
     for name, most in (("vocab_size", math.inf), ("num_hidden_layers", MAX_LAYERS)):
         if not is_integer(value := getattr(decoder, name, None), 1, most):
@@ -228,7 +236,7 @@ def check_sizes(config: Mapping[str, Any]) -> None:
 def blame(config: Mapping[str, Any], build: Callable[[dict[str, Any]], Any] | None = None) -> str:
     """
     Says which field of the config of a component keeps it from being built: one without which it can be built, or with 1
-    for a number that is not positive. Each architecture checks its fields in its own way, and few say which it is about.
+    in place of a number. Each architecture checks its fields in its own way, and few say which it is about.
 
     Args:
         config (`Mapping[str, Any]`): the config, as it is written to files.
@@ -239,7 +247,7 @@ def blame(config: Mapping[str, Any], build: Callable[[dict[str, Any]], Any] | No
     """
     for key, value in list(config.items())[:MAX_TRIED]:
         others = {name: other for name, other in config.items() if name != key}
-        for tried in (others, {**others, key: 1}) if _is_number(value) and value <= 0 else (others,):
+        for tried in (others, {**others, key: 1}) if _is_number(value) else (others,):
             try:
                 (build or _build_config)(copy.deepcopy(tried))
             except Exception:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from .compat import layer_types_of, sharing_modes_of
@@ -23,6 +23,7 @@ from .config_schema import (
     check_language_model,
     check_part,
     is_integer,
+    reason_of,
     shown,
 )
 from .mixture_component import MixtureComponent
@@ -199,9 +200,13 @@ class MixturePolicyConfig(PreTrainedConfig):
         if weights is None:
             weights = [1 / max(count, 1)] * count
         # Transformers compares every config with one built without arguments, which has neither components nor weights
-        checked = check_mixture_weights(weights, count, self.allow_off_simplex) if count else torch.empty(0)
+        empty = not count and isinstance(weights, list) and not weights
+        try:
+            checked = torch.empty(0) if empty else check_mixture_weights(weights, count, self.allow_off_simplex)
+        except ValueError as err:
+            raise ValueError(f"`mixture_weights`: {err}") from err
         if checked.ndim != 1:
-            raise ValueError(f"A config holds one weight a component, got {weights!r}.")
+            raise ValueError(f"`mixture_weights` of a config are one weight a component, got {shown(weights)}.")
         self._mixture_weights = checked.tolist()
 
     def __getattr__(self, name: str) -> PreTrainedConfig:
@@ -222,7 +227,9 @@ class MixturePolicyConfig(PreTrainedConfig):
 
     def _smallest(self, name: str) -> int | None:
         values = (getattr(config, name, None) for config in self.decoder_configs)
-        return min((value for value in values if value is not None and math.isfinite(value)), default=None)
+        return min(
+            (value for value in values if isinstance(value, int) or value and math.isfinite(value)), default=None
+        )
 
     def _largest(self, name: str) -> int | None:
         values = (getattr(config, name, None) for config in self.decoder_configs)
@@ -299,8 +306,14 @@ class MixturePolicyConfig(PreTrainedConfig):
         output["mixture_weights"] = self.mixture_weights
         output["components"] = [component.to_dict() for component in self.components]
         output["reference"] = self.reference.to_dict() if self.reference is not None else None
-        output["component_configs"] = [_slim_dict(config) for config in self.component_configs]
+        output["component_configs"] = [_slim_dict(config) for config in self._readable_configs()]
         return output
+
+    def _readable_configs(self) -> list[PreTrainedConfig]:
+        """The configs of the components, unless one needs code that comes with its component: all are read there then."""
+        known = all(config.model_type in CONFIG_MAPPING for config in self.component_configs)
+        in_memory = any(component.name_or_path is None for component in self.components)
+        return self.component_configs if known or in_memory else []
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         if unknown := [name for name in vars(self) if name not in _SAVED and not name.startswith("_")]:
@@ -355,7 +368,7 @@ def _build(entry: Any) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(**copy.deepcopy(entry))
     except Exception as err:
-        raise ValueError(f"{blame(entry)}{err}") from err
+        raise ValueError(f"{blame(entry)}{reason_of(err)}") from err
 
 
 def _to_vocab_size(config: MixturePolicyConfig, value: Any) -> int | None:

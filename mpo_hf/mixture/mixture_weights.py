@@ -1,8 +1,11 @@
 """Weights of a mixture: the check that they lie on the simplex, and the pruning of small ones."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+
+from .config_schema import shown
 
 
 # How far the sum of weights on the simplex may be from 1: rounding, as of numbers written with four digits.
@@ -32,25 +35,27 @@ def check_mixture_weights(
         than 1e-4.
     """
     try:
+        if _has_truth_values(weights):
+            raise TypeError("True and False are no weights")
         checked = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as err:
-        raise ValueError(f"Mixture weights must be numbers, one a component, got {weights!r}.") from err
+        raise ValueError(f"Mixture weights must be numbers, one a component, got {shown(weights)}.") from err
     if checked.ndim not in (1, 2) or checked.shape[-1] != num_components:
         raise ValueError(
             f"Expected {num_components} mixture weights, one a component: shape ({num_components},), or (batch_size, "
-            f"{num_components}) for weights by row. Got shape {tuple(checked.shape)}: {weights!r}."
+            f"{num_components}) for weights by row. Got shape {tuple(checked.shape)}: {shown(weights)}."
         )
     if not torch.isfinite(checked).all():
-        raise ValueError(f"Mixture weights must be finite, got {checked.tolist()}.")
+        raise ValueError(f"Mixture weights must be finite, got {shown(checked.tolist())}.")
     if (checked == 0).all(-1).any():
-        raise ValueError(f"Mixture weights must not all be zero, got {checked.tolist()}.")
+        raise ValueError(f"Mixture weights must not all be zero, got {shown(checked.tolist())}.")
     if allow_off_simplex:
         return checked
     sums = checked.sum(-1, keepdim=True)
     if not _is_on_simplex(checked):
         raise ValueError(
-            f"Mixture weights must be >= 0 and sum to 1 (within {WEIGHT_SUM_TOLERANCE}), got {checked.tolist()} with "
-            f"sum {sums.squeeze(-1).tolist()}. Divide them by their sum, or pass `allow_off_simplex=True` if you mean "
+            f"Mixture weights must be >= 0 and sum to 1 (within {WEIGHT_SUM_TOLERANCE}), got {shown(checked.tolist())} with "
+            f"sum {shown(sums.squeeze(-1).tolist())}. Divide them by their sum, or pass `allow_off_simplex=True` if you mean "
             "to extrapolate."
         )
     return checked / sums
@@ -88,11 +93,18 @@ def prune_mixture_weights(weights: Sequence[float] | torch.Tensor, below: float)
     count = torch.as_tensor(weights).shape[-1]
     checked = check_mixture_weights(weights, count, allow_off_simplex=True)
     if not _is_on_simplex(checked):
-        raise ValueError(f"Weights are pruned on the simplex (>= 0, with sum 1) only, got {checked.tolist()}.")
+        raise ValueError(f"Weights are pruned on the simplex (>= 0, with sum 1) only, got {shown(checked.tolist())}.")
     if not isinstance(below, int | float) or not 0 <= below <= 1 / count:
         raise ValueError(f"`prune_below` must be from 0 to 1/{count} for {count} components, got {below!r}.")
     kept = checked.masked_fill(checked < checked.amax(-1, keepdim=True).clamp(max=below), 0)
     return kept / kept.sum(-1, keepdim=True)
+
+
+def _has_truth_values(weights: Any) -> bool:
+    if isinstance(weights, torch.Tensor):
+        return weights.dtype == torch.bool
+    rows = weights if isinstance(weights, list | tuple) else []
+    return any(isinstance(row, bool) or (isinstance(row, list | tuple) and _has_truth_values(row)) for row in rows)
 
 
 def _is_on_simplex(weights: torch.Tensor) -> bool:
