@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTraine
 # The format of the configs that this version writes. It is raised when an older version would misread a newer config.
 FORMAT = 1
 MODEL_TYPE = "mpo_mixture"
-# The deepest language models have about 130 layers. Without a bound, a number in a file decides how long opening takes.
+# Llama 3.1 405B has 126 layers. Without a bound, a number in a file decides how long opening takes.
 MAX_LAYERS = 1000
 MAX_COMPONENTS = 256
 MAX_LABELS = 100_000
