@@ -417,8 +417,11 @@ def test_whole_mixture_is_what_its_parts_are_or_refused(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     ids = torch.tensor([[1, 5, 9]])
     first = tiny("llama", 0)(ids).logits.log_softmax(-1)
-    for name, _, fields, _ in of_a_part(saved):
+    for name, _, fields, fine in of_a_part(saved):
         result = outcome(tmp_path, fields, AutoModelForCausalLM.from_pretrained)
+        if not fine:  # among them numbers of layers that nobody could build
+            assert isinstance(result, Exception), name
+            continue
         try:
             part = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields["component_configs"][1]))
             part.load_state_dict({key[11:]: w for key, w in weights.items() if key.startswith("backbone_1.")})
