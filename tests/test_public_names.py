@@ -104,7 +104,7 @@ OWN_ARGUMENTS = {
 READ = {
     "accelerate.Accelerator": "is_main_process num_processes process_index sync_gradients wait_for_everyone",
     "datasets.Dataset": "add_column iter remove_columns rename_column to_iterable_dataset with_format",
-    "peft.PeftConfig": "base_model_name_or_path is_prompt_learning peft_type task_type trainable_token_indices",
+    "peft.PeftConfig": "base_model_name_or_path peft_type task_type trainable_token_indices",
     "peft.PeftModel": "active_adapter active_adapters disable_adapter get_base_model load_adapter peft_config set_adapter "
     "unload",
     "peft.tuners.tuners_utils.BaseTuner": "disable_adapter_layers enable_adapter_layers",
