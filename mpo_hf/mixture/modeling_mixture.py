@@ -526,8 +526,10 @@ class MixturePolicyModel(
             kwargs["output_loading_info"] = True
             with errors_named(f"The mixture {folder!r} cannot be loaded."):
                 model, info = super().from_pretrained(folder, *model_args, config=config, **kwargs)
+            if output_loading_info:  # for the caller to look at
+                return model, info
             check_all_loaded(f"The mixture {folder!r}", info, allow_unmatched, "Save it again.")
-            return (model, info) if output_loading_info else model
+            return model
         attention = _take_attention_by_component(kwargs)
         model = load_mixture(cls, folder, config, kwargs)
         if attention:

@@ -385,17 +385,17 @@ def test_command_writes_an_adapter_and_says_what_is_lost(pair, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "status", "message"),
     [
-        (["--rank", "0"], "`rank` must be a positive integer"),
-        (["--dtype", "int8"], "--dtype must name a floating point type of torch, such as bfloat16, got 'int8'"),
-        (["--revision", "v9", "--base", "nowhere/at-all"], "cannot be opened"),
+        (["--rank", "0"], 1, "--rank must be a positive integer, got 0"),
+        (["--dtype", "int8"], 2, "--dtype must name a floating point type of torch, such as bfloat16, got 'int8'"),
+        (["--revision", "v9", "--base", "nowhere/at-all"], 1, "cannot be opened"),
     ],
     ids=str,
 )
-def test_mistakes_on_the_command_line_are_told_in_one_line(pair, tmp_path, capsys, options, message):
+def test_mistakes_on_the_command_line_are_told_in_one_line(pair, tmp_path, capsys, options, status, message):
     arguments = ["extract-adapter", pair[1], "--base", pair[0], "--output_dir", str(tmp_path / "out"), *options]
-    assert main(arguments) == 1
+    assert main(arguments) == status
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -198,6 +198,7 @@ def test_a_store_is_checked_like_a_table(mixture, tmp_path):
     changed[5] = 2.5
     rows = rows.set_column(rows.column_names.index("proposal_logps"), "proposal_logps", pa.array(changed))
     pa.parquet.write_table(rows, shard)
+    (shard.parent / "shards.json").unlink()  # stores of earlier versions have no digests
     with pytest.raises(ValueError, match="Row 5 of the rollouts has 2.5 in the column 'proposal_logps'"):
         rollouts_trainer(mixture, tmp_path / "again", tmp_path / "run" / "_rollouts")
 
