@@ -60,7 +60,9 @@ def run(operator: Any, *args, **kwargs) -> Any:
     if name == "aten::_copy_from":
         args_on_cpu[1].copy_(args_on_cpu[0])
         return args[1]
-    if operator is torch.ops.aten.view.default:  # a tensor of this device says it is contiguous, also where its values are not
+    if (
+        operator is torch.ops.aten.view.default
+    ):  # a tensor of this device says it is contiguous, also where its values are not
         result = args_on_cpu[0].reshape(args_on_cpu[1])
     else:
         result = operator(*args_on_cpu, **kwargs_on_cpu)

@@ -32,7 +32,9 @@ def check_adapter_kind(config: Mapping[str, Any], name: str) -> None:
     kind = config.get("peft_type")
     kind = getattr(kind, "value", kind)
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise ValueError(f"The adapter {name} is of type {kind!r} (`peft_type`), which the installed version of PEFT does not know.")
+        raise ValueError(
+            f"The adapter {name} is of type {kind!r} (`peft_type`), which the installed version of PEFT does not know."
+        )
     if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], PromptLearningConfig) or kind == "ADAPTION_PROMPT":
         reason = f"learns a prompt ({kind}), and cannot be mixed token by token"
     elif hasattr(PEFT_TYPE_TO_TUNER_MAPPING[kind], "generate"):

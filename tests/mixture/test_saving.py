@@ -385,7 +385,11 @@ def test_trust_in_a_mixture_is_not_trust_in_its_components(folders, tmp_path, mo
 
 
 def test_command_line_and_trainer_push_by_default_as_the_model_does():
-    options = {field.name: field.default for field in dataclasses.fields(PushArguments) if field.name not in ("repo_id", "trust_remote_code")}
+    options = {
+        field.name: field.default
+        for field in dataclasses.fields(PushArguments)
+        if field.name not in ("repo_id", "trust_remote_code")
+    }
     options["pin_revisions"] = options.pop("pin")
     settings = {field.name.removeprefix("hub_"): field.default for field in dataclasses.fields(MPOConfig)}
     settings = {name: settings[name] for name in ("pin_revisions", "upload_adapters", "with_code")}
