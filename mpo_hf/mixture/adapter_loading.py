@@ -4,7 +4,7 @@ was loaded.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -105,7 +105,7 @@ def put_adapter(
     base = model.get_base_model() if wrapped else model
     structure, weights = list(_structure(base)), [(weight, _fingerprint(weight)) for weight in model.parameters()]
     model, result = _load(model, folder, name, f"{subject} does not fit the base {component.name_or_path!r}")
-    loaded = {"missing_keys": _unfilled(model, name, result.missing_keys), "unexpected_keys": result.unexpected_keys}
+    loaded = unmatched_keys(model, name, result)
     way_out = (
         "Give it the base that it was trained over, or merge it (`merge_and_unload`), save the result, and mix that."
     )
@@ -139,6 +139,11 @@ def _load(model: nn.Module, folder: str, name: str, does_not_fit: str) -> tuple[
                 f"PEFT looks in it for {err}, of a module that it, or an adapter before it, trains as a whole or in single "
                 "tokens. List an adapter with `trainable_token_indices` behind the others."
             ) from err
+
+
+def unmatched_keys(model: nn.Module, name: str, result: Any) -> dict[str, Collection[str]]:
+    """What `load_adapter` of a `PeftModel` found missing in the file of an adapter, and what it found too much."""
+    return {"missing_keys": _unfilled(model, name, result.missing_keys), "unexpected_keys": result.unexpected_keys}
 
 
 def _unfilled(model: nn.Module, name: str, missing: Sequence[str]) -> set[str]:

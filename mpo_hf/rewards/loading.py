@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import find_adapter_config_file
 
+from ..mixture.adapter_loading import unmatched_keys
 from ..mixture.hub_files import Location, require_safetensors
 from ..mixture.tokenizer_loading import load_tokenizer
 
@@ -224,7 +225,19 @@ def _load_adapter(spec: RewardModelSpec, base: Location | None, adapter: Locatio
             f"The model under the adapter {path!r} already carries one, and both would act. Give every reward a model "
             "of its own, for instance as a str."
         )
-    return PeftModel.from_pretrained(model, path, **kwargs)
+    model = PeftModel.from_pretrained(model, path, **kwargs)
+    # its weights are read again, as only this says which of them PEFT did not find
+    unmatched = unmatched_keys(model, model.active_adapter, model.load_adapter(path, model.active_adapter, **kwargs))
+    for problem, keys in (
+        ("lacks", unmatched["missing_keys"]),
+        ("has weights without a place:", unmatched["unexpected_keys"]),
+    ):
+        if keys:
+            raise ValueError(
+                f"The adapter {path!r} does not fit the reward model {base.name_or_path if base else type(spec.model).__name__!r}: "
+                f"it {problem} {sorted(keys)[0]!r} (of {len(keys)}). Give it the base that it was trained over."
+            )
+    return model
 
 
 def _load_base(spec: RewardModelSpec, base: Location, adapter_weights: dict[str, torch.Tensor]) -> nn.Module:

@@ -183,7 +183,10 @@ def test_adapters_that_act_outside_of_their_layers_are_refused(settings, reason,
         ({"peft_type": "XLORA"}, "a call as a whole"),
         pytest.param({"peft_type": "LILY"}, "the mean of all tokens", marks=needs_peft_21),
         ({"peft_type": "LORA", "arrow_config": {"top_k": 1}}, "routes tokens"),
-        ({"peft_type": "OF_TOMORROW"}, "'OF_TOMORROW', which the installed version of PEFT does not know"),
+        (
+            {"peft_type": "OF_TOMORROW"},
+            r"'OF_TOMORROW' \(`peft_type`\), which the installed version of PEFT does not know",
+        ),
         ({"peft_type": None}, "of type None"),
     ],
 )

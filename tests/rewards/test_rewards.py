@@ -24,6 +24,7 @@ from reward_cases import (
     make_model,
     make_tokenizer,
 )
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -545,6 +546,21 @@ class TestLoading:
         ModelReward(RewardModelSpec(model, adapter=saved.over_cls, processing_class=tokenizer))
         with pytest.raises(ValueError, match="already carries one"):
             ModelReward(RewardModelSpec(model, adapter=saved.over_cls, processing_class=tokenizer))
+
+    @pytest.mark.parametrize(
+        "change, message", [("drop", "it lacks '"), ("rename", "it has weights without a place: '")]
+    )
+    def test_adapters_are_loaded_as_a_whole(self, saved, tmp_path, change, message):
+        shutil.copytree(saved.over_cls, tmp_path / "adapter")
+        file = tmp_path / "adapter" / "adapter_model.safetensors"
+        weights = load_file(file)
+        key = next(key for key in sorted(weights) if "lora_B" in key)
+        values = weights.pop(key)
+        if change == "rename":
+            weights |= {key: values, key.replace("layers.0", "layers.9"): values.clone()}
+        save_file(weights, file)
+        with pytest.raises(ValueError, match=message):
+            ModelReward(RewardModelSpec(saved.classifier, adapter=str(tmp_path / "adapter")))
 
     def test_no_tokenizer(self, saved):
         with pytest.raises(ValueError, match=r"The reward 'Llama.*' has no tokenizer .* Give `processing_class`"):
