@@ -102,11 +102,11 @@ def load_table(
             table = load_from_disk(name)
             return table.to_iterable_dataset() if streaming else table
         return load_dataset(name, config, split=split, streaming=streaming)
-    except (DatasetsError, UnicodeDecodeError, StopIteration) as err:
+    except (DatasetsError, ValueError, StopIteration) as err:
         cause: BaseException = err
-        while cause.__cause__ is not None:
+        while isinstance(cause, DatasetsError) and cause.__cause__ is not None:
             cause = cause.__cause__
-        raise ValueError(f"{name!r} cannot be read: {cause or 'it has no rows'}") from err
+        raise ValueError(f"{name!r} cannot be read: {str(cause) or 'it has no rows'}") from err
 
 
 def with_prompts(table: Any, name: str, column: str | None) -> Any:

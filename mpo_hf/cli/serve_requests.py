@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import json
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -150,6 +151,8 @@ def _check_generation_config(text: Any) -> None:
 
 # ---- the server ----
 
+# The field with the prompt, by handler: by name, as their modules need a web server.
+PROMPTS = {"ChatCompletionHandler": "messages", "CompletionHandler": "prompt", "ResponseHandler": "input"}
 # What the server writes before the first token, and an error of its stream, in whose message it escapes no quotation marks.
 OPENINGS = ('"role":"assistant"', '"type":"response.created"')
 UNESCAPED = 'data: {"error": "'
@@ -162,17 +165,12 @@ def answer_client_errors(build_server: Callable[..., Any]) -> Callable[..., Any]
     Args:
         build_server (`Callable`): the function, which takes the handlers of routes.
     """
-    from transformers.cli.serving.chat_completion import ChatCompletionHandler
-    from transformers.cli.serving.completion import CompletionHandler
-    from transformers.cli.serving.response import ResponseHandler
-
-    needed = {ChatCompletionHandler: "messages", CompletionHandler: "prompt", ResponseHandler: "input"}
 
     @functools.wraps(build_server)
     def build(*args: Any, **kwargs: Any) -> Any:
         for handler in (*args, *kwargs.values()):
-            if type(handler) in needed:
-                handler.handle_request = _guarded(handler.handle_request, needed[type(handler)])
+            if needed := PROMPTS.get(type(handler).__name__):
+                handler.handle_request = _guarded(handler.handle_request, needed)
                 handler.generation_state.get_manager = _with_room(handler.generation_state.get_manager)
         return build_server(*args, **kwargs)
 
@@ -181,11 +179,12 @@ def answer_client_errors(build_server: Callable[..., Any]) -> Callable[..., Any]
 
 def _guarded(handle: Callable[..., Awaitable[Any]], needed: str) -> Callable[..., Awaitable[Any]]:
     """A handler of requests that answers those that make no sense with status 400, and models that are not there with 404."""
-    from fastapi import HTTPException
-    from fastapi.responses import JSONResponse, StreamingResponse
     from jinja2 import TemplateError
 
-    def answer(status: int, message: Any) -> JSONResponse:
+    responses = importlib.import_module("fastapi.responses")  # by name: it is there only where a server can run
+    http_error = importlib.import_module("fastapi").HTTPException
+
+    def answer(status: int, message: Any) -> Any:
         """An error in the form that clients of OpenAI look for."""
         error = {
             "message": " ".join(str(message).split()),
@@ -193,15 +192,15 @@ def _guarded(handle: Callable[..., Awaitable[Any]], needed: str) -> Callable[...
             "param": None,
             "code": None,
         }
-        return JSONResponse({"error": error}, status)
+        return responses.JSONResponse({"error": error}, status)
 
     async def guarded(body: dict[str, Any], request_id: str) -> Any:
         try:
             check_request(body, needed)
             response = await handle(body, request_id)
-            if isinstance(response, StreamingResponse):
+            if isinstance(response, responses.StreamingResponse):
                 response.body_iterator = await _begun(response.body_iterator)
-        except HTTPException as err:
+        except http_error as err:
             return answer(err.status_code, err.detail)
         except (ValueError, TemplateError) as err:
             return answer(400, err)
