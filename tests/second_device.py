@@ -60,9 +60,7 @@ def run(operator: Any, *args, **kwargs) -> Any:
     if name == "aten::_copy_from":
         args_on_cpu[1].copy_(args_on_cpu[0])
         return args[1]
-    if (
-        operator is torch.ops.aten.view.default
-    ):  # a tensor of this device says it is contiguous, also where its values are not
+    if name == "aten::view":  # a tensor of this device says it is contiguous, also where its values are not
         result = args_on_cpu[0].reshape(args_on_cpu[1])
     else:
         result = operator(*args_on_cpu, **kwargs_on_cpu)
@@ -93,9 +91,10 @@ def _on_cpu(value: Any) -> Any:
 
 # operators that PyTorch would make of others by ways that a tensor without memory of its own does not go
 OWN = """
-_to_copy _unsafe_view alias as_strided cat clamp clone detach embedding expand gather lift_fresh logsumexp masked_fill.Scalar
+_to_copy _unsafe_view alias as_strided cat clamp clone detach embedding expand gather isfinite isin.Tensor_Tensor lift_fresh
+logsumexp masked_fill.Scalar
 multinomial new_empty new_ones nonzero ones_like repeat_interleave.self_int select.int slice.Tensor squeeze.dim stack
-sum.dim_IntList t transpose.int unbind.int unsqueeze view view.dtype where.self zeros_like
+sum.dim_IntList t transpose.int unbind.int unsqueeze view where.self zeros_like
 """
 _any, _aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
 _any.fallback(run, "PrivateUse1")

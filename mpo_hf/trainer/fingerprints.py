@@ -86,7 +86,7 @@ def _numbers(tensor: torch.Tensor) -> list:
     """The sum of all bit patterns, which does not depend on the device, and some of them in their order."""
     if hasattr(tensor, "__tensor_flatten__"):  # several tensors that appear as one, such as a quantized one
         return [_numbers(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
-    bits = tensor.detach().contiguous().view(-1).view(INTEGERS[tensor.element_size()])
+    bits = tensor.detach().cpu().contiguous().view(-1).view(INTEGERS[tensor.element_size()])
     return [bits.sum(dtype=torch.int64).item(), bits[:: max(1, len(bits) // MAX_NUMBERS)].tolist()]
 
 

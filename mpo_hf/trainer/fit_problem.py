@@ -1,5 +1,6 @@
 """The optimization problem of a fit: the welfare of the objectives, the scale of their rewards, and the mixture."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from ..estimation import (
     CVaR,
     DecodedTable,
     DualTable,
+    InfeasibleError,
     LogNormalizer,
     MaxMin,
     MixtureTable,
@@ -307,6 +309,39 @@ class FitProblem:
                 f"The rewards of {name!r} are the same for all completions of each prompt, so that no policy improves it. "
                 "Unless its gains are above those of all others, it counts as worst off and takes all weight, whatever its "
                 "policy is like. Check the reward function. Leave this objective out, or give it a constraint.",
+            )
+
+    def check_feasible(self) -> None:
+        """
+        Refuses a welfare that requires gains for all objectives where some cannot have any. Estimates of their gains are noise
+        around 0.
+
+        Raises:
+            `InfeasibleError`: with the names of these objectives.
+        """
+        if self.args.welfare in ("nash", "alpha_fair") and self._flat:
+            names = " and ".join(self._flat)
+            raise InfeasibleError(
+                f"The rewards of {names} are the same for all completions of each prompt, so that no mixture has positive gains "
+                f"for all objectives, which Nash's welfare and α-fairness require. Leave {names} out, or choose another welfare, "
+                "such as a max-min.",
+                [self.objectives.index(name) for name in self._flat],
+            )
+
+    def warn_of_exclusions(self, policy_logps: torch.Tensor) -> None:
+        """
+        Warns of policies that rule out completions of others, once for each.
+
+        Args:
+            policy_logps (`torch.Tensor` of shape `(N, M)`): log-probabilities of the completions under the policies.
+        """
+        excludes = policy_logps.isneginf().any(0).tolist()
+        for name in itertools.compress(self.objectives, excludes):
+            self._warn_once(
+                f"exclusions of {name}",
+                f"The policy of {name!r} gives the probability 0 to completions that others write. Any weight of it rules these "
+                "out, so that the fit compares mixtures that all give it some, and does not know what those without it would "
+                "reach. Fit the other policies without it, and compare the welfare at the end of both fits.",
             )
 
     def warn_of_own_gains(self) -> None:

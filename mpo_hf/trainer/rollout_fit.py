@@ -383,12 +383,16 @@ class RolloutFit:
             self._is_last = is_last
             if is_last or self.num_prompts >= MIN_PROMPTS:
                 self.context.problem.warn_of_flat_objectives()
+                if isinstance(self.estimator, DecodedEstimator):
+                    self.context.problem.warn_of_exclusions(self.estimator.completions.policy_logps)
 
     def best(self, weights: torch.Tensor) -> torch.Tensor | None:
         """The weights that minimize a new estimate, given the current ones; `None` if they have been fitted to it already."""
         if not self._is_new:
             return None
         try:
+            if isinstance(self.estimator, DecodedEstimator):
+                self.context.problem.check_feasible()
             best = self.estimator.best(weights)
         except InfeasibleError as error:
             if self._is_last:
