@@ -10,7 +10,6 @@ from transformers.cache_utils import Cache
 from .adapter_switching import call_with_adapter, lock_of
 from .compat import (
     kinds_without_config,
-    layer_types_of,
     recomputes_layers,
     starts_anew,
     whole_property,
@@ -52,6 +51,7 @@ class ComponentRunningMixin:
     stack_adapters: bool
     stack_models: bool
     pooled_head: nn.Module
+    layer_counts: list[int]
     _stacks: dict[int, AdapterStacks]
     _model_stacks: ModelStacks
 
@@ -62,9 +62,8 @@ class ComponentRunningMixin:
                 "This cache was made without a config, for attention layers only, and components of this mixture have others "
                 f"({', '.join(sorted(kinds))}). Make it from the config: `DynamicCache(config=model.config)`."
             )
-        counts = [len(layer_types_of(decoder)) for decoder in self.config.decoder_configs]
-        bound = bind_cache(cache, active, counts)
-        return bound, component_views(cache, bound, counts)
+        bound = bind_cache(cache, active, self.layer_counts)
+        return bound, component_views(cache, bound, self.layer_counts)
 
     def _inputs_for_all(
         self,

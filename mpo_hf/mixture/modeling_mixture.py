@@ -16,6 +16,7 @@ from .compat import (
     CACHE_NAME,
     correct_parallel_plans,
     correct_tied_weights,
+    layer_types_of,
     no_progress_bar,
     parse_to,
     pick_cache,
@@ -128,6 +129,8 @@ class MixturePolicyModel(
             raise ValueError(f"Got {len(self.policies)} policies for a config of {len(config.components)} components.")
         self._reference_handle = reference
         self._load_kwargs = load_kwargs or {}
+        # layers of each component in a cache; kept, as every step of decoding asks for them
+        self.layer_counts = [len(layer_types_of(decoder)) for decoder in config.decoder_configs]
         # whether adapters over one base run side by side where possible, and full models, which moves their weights
         self.stack_adapters, self.stack_models = True, False
         self._stacks: dict[int, AdapterStacks] = {}

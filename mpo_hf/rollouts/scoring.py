@@ -311,8 +311,7 @@ def _logits(
         return
     inputs = model._inputs_for_all(cast(torch.LongTensor, ids), batch.mask, None) | common
     components = range(len(model.policies))
-    counts = [decoder.num_hidden_layers for decoder in model.config.decoder_configs]
-    views: dict[int, Cache] = dict(component_views(cache, components, counts)) if cache is not None else {}
+    views: dict[int, Cache] = {} if cache is None else dict(component_views(cache, components, model.layer_counts))
     yield from model._component_logits(components, inputs, views, {})
 
 

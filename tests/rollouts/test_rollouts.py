@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import BOS, CLOSE, EOS, PAD, SIZES, VOCAB, close, load_lora, save_lora, save_tiny, tiny
 from toy import LENGTH, PROMPTS, VOCAB_SIZE, enumerate_completions, sequence_logps, toy_policy, toy_tokenizer
-from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig, Lfm2Config, Lfm2ForCausalLM
 
 from mpo_hf import MixturePolicyModel
 from mpo_hf.mixture import pooling
@@ -188,11 +188,32 @@ def lfm2(seed):
     return Lfm2ForCausalLM(Lfm2Config(**{**SIZES, "num_hidden_layers": 2}, **layers)).eval()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral", "gemma3", "lfm2"])
+def gemma3n(seed):
+    """A model of which some layers have no keys and values of their own, and no place in a cache."""
+    torch.manual_seed(seed)
+    config = Gemma3nTextConfig(
+        **{**SIZES, "num_hidden_layers": 4, "intermediate_size": [32] * 4},
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        sliding_window=4,
+        head_dim=8,
+        vocab_size_per_layer_input=SIZES["vocab_size"],
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+OTHERS = {"lfm2": lfm2, "gemma3n": gemma3n}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral", "gemma3", *OTHERS])
 @pytest.mark.parametrize("batch_size", [2, 8])
 def test_scores_are_those_of_each_completion_alone(architecture, batch_size):
     """Windows are shorter than the prompts; completions of one prompt are not adjacent."""
-    models = [lfm2(seed) if architecture == "lfm2" else tiny(architecture, seed) for seed in range(2)]
+    models = [OTHERS[architecture](k) if architecture in OTHERS else tiny(architecture, k) for k in range(2)]
     mixture = MixturePolicyModel.from_policies(models, [0.3, 0.7])
     completions, pairs = some_completions(order=slice(None, None, -2))
     expected = alone(models, pairs)
