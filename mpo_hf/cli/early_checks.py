@@ -7,14 +7,14 @@ import torch
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..mixture.config_schema import is_model_dtype
 from ..trainer import MPOConfig
 from .parser import UsageError
 
 
 def check_dtype(option: str, name: str | None) -> None:
     """Refuses names that are no floating point type of torch."""
-    dtype = getattr(torch, name or "float32", None)
-    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if name != "auto" and not is_model_dtype(name or "float32"):
         raise UsageError(f"{option} must name a floating point type of torch, such as bfloat16, got {name!r}.")
 
 

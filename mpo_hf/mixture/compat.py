@@ -69,14 +69,12 @@ def layer_types_of(config: PreTrainedConfig) -> list[str]:
     The kind of each layer of a decoder that has a place in its cache, in the words of a config. Those of caches include
     others, such as "dummy" for layers without keys of their own, which the checks of configs do not know.
     """
-    kinds = get_layer_types_and_kwargs(config)[
-        0
-    ]  # before Transformers 5.21 without the layers that share others' keys
+    # before Transformers 5.21 without the layers that share others' keys
+    kinds = get_layer_types_and_kwargs(config)[0]
     own = getattr(config, "layer_types", None)
     words = kinds if own is None else list(own)[: len(kinds)]
-    return [
-        "moe" if word == "mlp" else word for word in words
-    ]  # both have no attention, and only one is a config's word
+    # both have no attention, and only one is a config's word
+    return ["moe" if word == "mlp" else word for word in words]
 
 
 def sharing_modes_of(config: PreTrainedConfig) -> list[str | None]:

@@ -140,7 +140,8 @@ class MixturePolicyConfig(PreTrainedConfig):
         if given := [name for name in COMPUTED_FIELDS if kwargs.pop(name, None) is not None]:
             raise ValueError(f"{given} of a mixture follow from its components, and cannot be set.")
         kwargs = check_fields(kwargs, OWN_FIELDS)
-        parts = _to_configs(None, [] if component_configs is None else component_configs)
+        self.component_configs = [] if component_configs is None else component_configs
+        parts = self.component_configs
         self.components = [{} for _ in parts] if components is None else components
         if parts and len(parts) != len(self.components):
             raise ValueError(f"Got {len(parts)} `component_configs` for {len(self.components)} `components`.")
@@ -148,7 +149,6 @@ class MixturePolicyConfig(PreTrainedConfig):
         self.allow_off_simplex = allow_off_simplex
         self.plausibility = plausibility
         self.mixture_weights = mixture_weights
-        self.component_configs = parts
         self.vocab_size = self._smallest("vocab_size") if vocab_size is None else vocab_size
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, self._first_of(name))
@@ -343,7 +343,7 @@ def _to_reference(config: MixturePolicyConfig, spec: Any) -> MixtureComponent | 
     return reference
 
 
-def _to_configs(config: MixturePolicyConfig | None, entries: Any) -> list[PreTrainedConfig]:
+def _to_configs(config: MixturePolicyConfig, entries: Any) -> list[PreTrainedConfig]:
     if not isinstance(entries, list | tuple):
         raise ValueError(f"`component_configs` must be a list, one a component, got {shown(entries)}.")
     if len(entries) > MAX_COMPONENTS:

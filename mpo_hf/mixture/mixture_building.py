@@ -101,13 +101,20 @@ def build_mixture(
         plausibility=plausibility,
     )
     model = _assemble(cls, config, entries, loader, reference_entry and reference_entry.handle)
-    if (inner := entries[0].inner) is not None and inner.generation_config is not None:
-        model.generation_config = (
-            copy.deepcopy(inner.generation_config) if len(groups) == 1 else without_weights(inner.generation_config)
-        )
-    if reason := why_endless(model.generation_config, config):
-        logger.warning(reason)
+    generation_config = entries[0].inner and entries[0].inner.generation_config
+    if generation_config is not None:
+        alone = len(groups) == 1
+        generation_config = copy.deepcopy(generation_config) if alone else without_weights(generation_config)
+    _set_generation_config(model, generation_config)
     return model
+
+
+def _set_generation_config(model, generation_config: GenerationConfig | None) -> None:
+    """Gives a mixture its own generation config, if there is one, and warns of one by which no text would end."""
+    if generation_config is not None:
+        model.generation_config = generation_config
+    if reason := why_endless(model.generation_config, model.config):
+        logger.warning(reason)
 
 
 def without_weights(config: GenerationConfig) -> GenerationConfig:
@@ -188,10 +195,7 @@ def load_mixture(cls, folder: str, config: MixturePolicyConfig, kwargs: dict[str
         config.reference = resolve_relative(config.reference, folder, revision, subfolder)
     config.vocab_size = _check_vocabulary(loader, entries, None, config.vocab_size)
     model = _assemble(cls, config, entries, loader, None)
-    if generation_config is not None:
-        model.generation_config = generation_config
-    if reason := why_endless(model.generation_config, config):
-        logger.warning(reason)
+    _set_generation_config(model, generation_config)
     model.name_or_path = config.name_or_path = folder
     return model
 

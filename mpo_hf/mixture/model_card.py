@@ -194,13 +194,8 @@ def escaped(text: str) -> str:
         text (`str`): a label, a revision, the name of a license or of a folder.
     """
     text = " ".join(text.split())
-    hidden = (
-        "Cc",
-        "Cf",
-        "Cs",
-        "Zl",
-        "Zp",
-    )  # control characters, also those that have no width or change the direction
+    # control characters, also those that have no width or change the direction
+    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
     text = "".join(
         str(char.encode("unicode_escape"), "ascii") if unicodedata.category(char) in hidden else char for char in text
     )

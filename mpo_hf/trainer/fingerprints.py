@@ -49,17 +49,26 @@ def digest(value: Any) -> str:
 # ---- models ----
 
 
-def policy_fingerprint(policy: MixturePolicyModel) -> str | None:
+def policy_fingerprint(policy: MixturePolicyModel, known: dict[int, list] | None = None) -> str | None:
     """
     A fingerprint of a policy that is a model of its own; see [`MixturePolicyModel.policy`]. Adapters of other policies over
     the same base do not count.
+
+    Args:
+        policy ([`MixturePolicyModel`]): the policy.
+        known (`dict`, *optional*): see [`model_fingerprint`].
     """
     backbone, adapter = policy.backbones[0], policy.policies[0].adapter
-    return model_fingerprint(backbone, adapter, set(getattr(backbone, "peft_config", ())) - {adapter})
+    return model_fingerprint(backbone, adapter, set(getattr(backbone, "peft_config", ())) - {adapter}, known)
 
 
 @torch.no_grad()
-def model_fingerprint(model: nn.Module, adapter: str | None = None, others: Collection[str] = ()) -> str | None:
+def model_fingerprint(
+    model: nn.Module,
+    adapter: str | None = None,
+    others: Collection[str] = (),
+    known: dict[int, list] | None = None,
+) -> str | None:
     """
     A fingerprint of the weights of a model; `None` where some are offloaded.
 
@@ -67,7 +76,9 @@ def model_fingerprint(model: nn.Module, adapter: str | None = None, others: Coll
         model (`torch.nn.Module`): the model.
         adapter (`str`, *optional*): the adapter that belongs to it.
         others (`Collection[str]`, *optional*): adapters that do not.
+        known (`dict`, *optional*): what was found out about tensors, by their `id`, for models that share some.
     """
+    known = {} if known is None else known
     found, saved = [], model.state_dict().keys()
     buffers = ((name, tensor) for name, tensor in model.named_buffers() if name in saved)
     for name, tensor in (*model.named_parameters(), *buffers):
@@ -77,7 +88,9 @@ def model_fingerprint(model: nn.Module, adapter: str | None = None, others: Coll
         if tensor.is_meta:
             return None
         parts = ["adapter" if part == adapter else part for part in parts]
-        found.append([".".join(parts), list(tensor.shape), str(tensor.dtype), *_numbers(tensor)])
+        if id(tensor) not in known:
+            known[id(tensor)] = _numbers(tensor)
+        found.append([".".join(parts), list(tensor.shape), str(tensor.dtype), *known[id(tensor)]])
     scalings = (getattr(module, "scaling", None) for module in model.modules())
     return digest([sorted(found), [s[adapter] for s in scalings if isinstance(s, dict) and adapter in s]])
 

@@ -45,13 +45,17 @@ def completions_identity(
         rewards (`Sequence[RewardFunction]`): the rewards.
         temperature (`float`): the temperature that completions are drawn at.
     """
+    weights: dict[int, list] = {}  # policies share those of their base, which are looked at once
     parts = [
-        {**component.to_dict(), "content": policy_fingerprint(policy)}
+        {**component.to_dict(), "content": policy_fingerprint(policy, weights)}
         for component, policy in zip(config.components, policies)
     ]
     own = None
     if reference is not None:
-        own = {**(config.reference.to_dict() if config.reference else {}), "content": policy_fingerprint(reference)}
+        own = {
+            **(config.reference.to_dict() if config.reference else {}),
+            "content": policy_fingerprint(reference, weights),
+        }
     # other versions of Python compile functions to other code
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     return {
