@@ -10,6 +10,7 @@ from .estimation.optim import MirrorDescent
 from .lazy import lazy_names
 from .mixture.configuration_mixture import MixtureComponent, MixturePolicyConfig
 from .mixture.modeling_mixture import MixturePolicyModel
+from .mixture.product_layouts import get_product_layouts, set_product_layouts
 
 
 if TYPE_CHECKING:
@@ -28,9 +29,11 @@ __all__ = [
     "MixturePolicyModel",
     "RewardEnsemble",
     "RewardModelSpec",
+    "get_product_layouts",
     "select_completions",
     "sequence_level_beam_search",
     "sequential_monte_carlo",
+    "set_product_layouts",
 ]
 
 AutoConfig.register(MixturePolicyConfig.model_type, MixturePolicyConfig, exist_ok=True)

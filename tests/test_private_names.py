@@ -55,6 +55,7 @@ USED = {
     "mixture/stacked_cache.py": {"_dynamo"},
     "mixture/stacked_lora.py": {"_modules", "_version"},
     "mixture/stacked_models.py": {"_attn_implementation", "_modules", "_parameters"},
+    "mixture/tuned_linear.py": {"_linear_pointwise", "_modules", "_parameters"},
     "decoding/sequence_level.py": {"_beam_search", "_pad_token_tensor", "_prefill"},
     "trainer/mpo_config.py": {"_VALID_DICT_FIELDS"},
     "trainer/mpo_trainer.py": {"_tag_names"},

@@ -141,7 +141,7 @@ MENTIONED = {
     "transformers.GenerationMixin": "_eos_token_tensor _is_user_defined _mask_length _pad_token_tensor assistant_model "
     "assistant_tokenizer attention_mask hf_quantizer inputs_embeds is_assistant is_compileable next_sequence_length "
     "output_modalities",
-    "transformers.PreTrainedConfig": f"_commit_hash attn_implementation num_labels {HUB}",
+    "transformers.PreTrainedConfig": f"_attn_implementation _commit_hash attn_implementation num_labels {HUB}",
     "transformers.PreTrainedModel": "hf_device_map quantization_config tie_word_embeddings",
     "transformers.PreTrainedModel.from_pretrained": "adapter_kwargs attn_implementation config device_map dtype "
     f"generation_config gguf_file output_loading_info trust_remote_code use_safetensors variant {HUB}",

@@ -28,10 +28,12 @@ from .mixture_inputs import (
     positions_from_mask,
     repeat_rows,
 )
+from .product_layouts import are_plain
 from .stacked_cache import can_stack, join_static_layers, stack_views
 from .stacked_lora import AdapterStacks
 from .stacked_models import ModelStacks
-from .stacked_rows import can_run_stacked
+from .stacked_rows import can_run_stacked, saves_time
+from .tuned_linear import TunedModels
 
 
 class ComponentRunningMixin:
@@ -54,6 +56,7 @@ class ComponentRunningMixin:
     layer_counts: list[int]
     _stacks: dict[int, AdapterStacks]
     _model_stacks: ModelStacks
+    _tuned_models: TunedModels
 
     def _views(self, cache: Cache, active: Sequence[int]) -> tuple[Sequence[int], dict[int, Cache]]:
         """The components that a cache holds, and the view of each. A new cache is bound to those of `active`."""
@@ -129,7 +132,8 @@ class ComponentRunningMixin:
             else:
                 yield self._run_policy(k, {**own[devices[k]], "cache": views.get(k)}, extras)
         if views and not is_step and not torch.compiler.is_compiling():
-            self._prepare_steps([k for k in active if k not in groups], views, len(inputs["input_ids"]))
+            alone = [k for k in active if k not in groups or len(groups[k][0]) == 1]
+            self._prepare_steps(alone, views, len(inputs["input_ids"]))
 
     def _check_text(
         self, active: Sequence[int], inputs: dict[str, Any], views: dict[int, Cache], is_step: bool
@@ -161,17 +165,37 @@ class ComponentRunningMixin:
         if hasattr(self, "peft_config") or not can_stack(views.values()):
             return groups
         for index in dict.fromkeys(self.policies[k].backbone for k in active) if self.stack_adapters else ():
-            members = self._stackable(index, active)
-            if len(members) > 1 and can_run_stacked(self.backbones[index], inputs, len(members)):
+            if not can_run_stacked(self.backbones[index], inputs):
+                continue
+            for members in self._adapter_groups(index, active, inputs):
                 stack = self._stacks[index].get([self.policies[k].adapter for k in members], check=check)
                 if stack is not None:
                     groups |= dict.fromkeys(members, (members, stack))
-        for members, models in self._model_stacks.groups(self._full_models, check) if self.stack_models else ():
-            if set(members) <= set(active) and all(can_run_stacked(m, inputs, len(members)) for m in models.models):
-                stack = models.get(check=check)
+        full = self._full_models
+        for members, models in self._model_stacks.groups(full, check) if self.stack_models else ():
+            if set(members) <= set(active) and saves_time(inputs, len(members)):
+                stack = models.get(check=check) if all(can_run_stacked(m, inputs) for m in models.models) else None
                 if stack is not None:
                     groups |= dict.fromkeys(members, (members, stack))
+        for k in active:
+            model = full.get(k)
+            if model is None or k in groups or hasattr(model, "get_base_model"):
+                continue
+            if self._is_tuned(model) and can_run_stacked(model, inputs):
+                groups[k] = [k], self._tuned_models.get(model, check=check)
         return groups
+
+    def _adapter_groups(self, index: int, active: Sequence[int], inputs: dict[str, Any]) -> list[list[int]]:
+        """Which components run side by side on a model with adapters, or alone on its stack of one."""
+        members = self._stackable(index, active)
+        if len(members) > 1 and saves_time(inputs, len(members)):
+            return [members]
+        return [[k] for k in members] if self._is_tuned(self.backbones[index]) else []
+
+    @staticmethod
+    def _is_tuned(backbone: nn.Module) -> bool:
+        """Whether a model runs as a copy with other layers even by itself."""
+        return not torch.compiler.is_compiling() and execution_device(backbone).type == "cpu" and not are_plain()
 
     def _prepare_steps(self, active: Sequence[int], views: dict[int, Cache], rows: int) -> None:
         """
@@ -180,19 +204,26 @@ class ComponentRunningMixin:
         """
         step = {"input_ids": torch.empty(rows, 1, dtype=torch.long, device=self.device)}
         for members, _ in self._groups(active, step, views).values():
-            join_static_layers([views[k] for k in members])
+            if len(members) > 1:
+                join_static_layers([views[k] for k in members])
 
     def _stackable(self, index: int, components: Sequence[int]) -> list[int]:
         """Which of `components` run on a model with adapters that can be stacked."""
         members = [k for k in components if self.policies[k].backbone == index]
-        if len(members) < 2:
+        model = self.backbones[index]
+        if not members or not hasattr(model, "get_base_model"):
             return []
+        if torch.compiler.is_compiling() and (index not in self._stacks or self._stacks[index].model is not model):
+            return []  # stacks are made outside of compiled code, such as before the first step of `generate`
+        stacks = self._adapter_stacks(index)
+        return [k for k in members if stacks.allows(self.policies[k].adapter)]
+
+    def _adapter_stacks(self, index: int) -> AdapterStacks:
+        """The stacks of a model with adapters."""
         model = self.backbones[index]
         if index not in self._stacks or self._stacks[index].model is not model:
-            if torch.compiler.is_compiling():
-                return []  # stacks are made outside of compiled code, such as before the first step of `generate`
             self._stacks[index] = AdapterStacks(model)
-        return [k for k in members if self._stacks[index].allows(self.policies[k].adapter)]
+        return self._stacks[index]
 
     @whole_property
     def stacked_components(self) -> list[list[int]]:

@@ -40,6 +40,7 @@ from .pooling import log_linear_pool
 from .presets import PresetMixin
 from .stacked_lora import AdapterStacks
 from .stacked_models import ModelStacks
+from .tuned_linear import TunedModels
 
 
 logger = logging.get_logger(__name__)
@@ -135,6 +136,7 @@ class MixturePolicyModel(
         self.stack_adapters, self.stack_models = True, False
         self._stacks: dict[int, AdapterStacks] = {}
         self._model_stacks = ModelStacks()
+        self._tuned_models = TunedModels()
         # given the active components and their logits in order, returns the logits to pool
         self.component_hook: Callable[[Sequence[int], Iterator[torch.Tensor]], Iterator[torch.Tensor]] | None = None
         self.pooled_head = PooledHead(self)
@@ -237,6 +239,9 @@ class MixturePolicyModel(
             **{name: getattr(self.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         )
         view = MixturePolicyModel(config, [backbone], [PolicyHandle(0, handle.adapter)])
+        view._tuned_models = self._tuned_models
+        if hasattr(backbone, "get_base_model"):
+            view._stacks[0] = self._adapter_stacks(handle.backbone)
         view.generation_config = without_weights(self.generation_config)
         return view.eval()
 

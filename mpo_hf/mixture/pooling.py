@@ -66,8 +66,11 @@ def log_linear_pool(
             )
         judge = plausibility if pooled is None else 0.0
         if torch.compiler.is_compiling() or _is_differentiated(component_logits, weight, pooled):
-            term = _weighted_logps(component_logits, weight, judge)
-            pooled = term if pooled is None else pooled + term.to(pooled.device)
+            if pooled is None:
+                pooled = _weighted_logps(component_logits, weight, judge)
+            else:
+                term, factor = _term(component_logits, weight, pooled.device)
+                pooled = torch.add(pooled, term, alpha=factor)
         else:
             pooled = _add_weighted_logps(pooled, component_logits, weight, judge)
         del component_logits  # before the next one is computed
@@ -97,6 +100,15 @@ def _weighted_logps(logits: torch.Tensor, weight: torch.Tensor | float, plausibi
     return torch.where(weight == 0, 0, term) if isinstance(weight, torch.Tensor) else term
 
 
+def _term(
+    logits: torch.Tensor, weight: torch.Tensor | float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """What to add to other terms, and the factor to add it with: a product would be one more pass over all of it."""
+    if not isinstance(weight, torch.Tensor) and weight > 0:
+        return _log_softmax(logits).to(device), weight
+    return _weighted_logps(logits, weight).to(device), 1
+
+
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
     """Log-probabilities in float32 at least; `-inf` for all tokens of a row in which all are ruled out, which would be NaN."""
     logps = torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -117,11 +129,11 @@ def _add_weighted_logps(
         weight = weight.expand(*logits.shape[:-1], 1)
     for part in row_parts(logits):
         own = weight[part] if isinstance(weight, torch.Tensor) else weight
-        term = _weighted_logps(logits[part], own, plausibility)
         if begins:
-            pooled[part] = term
+            pooled[part] = _weighted_logps(logits[part], own, plausibility)
         else:
-            pooled[part] += term.to(pooled.device)
+            term, factor = _term(logits[part], own, pooled.device)
+            pooled[part].add_(term, alpha=factor)
     return pooled
 
 

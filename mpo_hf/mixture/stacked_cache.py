@@ -43,9 +43,10 @@ class StackedCacheView(Cache):
         layers = self.blocks[layer_idx]
         count = len(layers)
         is_prompt = key_states.shape[-2] > 1 or not layers[0].is_initialized
-        for layer, *states in zip(layers, key_states.chunk(count), value_states.chunk(count)):
-            if not layer.is_initialized:
-                layer.lazy_initialization(*states)
+        if not all(layer.is_initialized for layer in layers):
+            for layer, *states in zip(layers, key_states.chunk(count), value_states.chunk(count)):
+                if not layer.is_initialized:
+                    layer.lazy_initialization(*states)
         if type(layers[0]) is DynamicLayer:
             return _append(layers, key_states, value_states)
         states = _update_all_by_first(layers, key_states, value_states, *args, **kwargs)
@@ -152,6 +153,8 @@ def can_stack(views: Iterable[Cache]) -> bool:
 def stack_views(views: Sequence[ComponentCacheView]) -> Cache:
     """The caches of several components as one, for one forward pass of all their rows."""
     first = views[0]
+    if len(views) == 1:
+        return first
     if isinstance(first, JoinedView) and first.joined.starts == tuple([view.start for view in views]):
         return first.joined
     return StackedCacheView(views)
@@ -221,8 +224,8 @@ def _mark_static(*tensors: torch.Tensor) -> None:
 
 def _append(layers: Sequence[DynamicLayer], *states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Appends to dynamic layers, whose keys and values are the filled part of larger tensors."""
-    length, rows = layers[0].get_seq_length(), len(states[0]) // len(layers)
-    end = length + states[0].shape[-2]
+    length, rows, new_length = layers[0].get_seq_length(), states[0].shape[0] // len(layers), states[0].shape[-2]
+    end = length + new_length
     shared = _shared(layers)
     if shared is None or shared[0].shape[-2] < end or _is_frozen(shared[0]):
         # layers that were reordered, as by beam search at every step, will be again: room would not be used
@@ -236,8 +239,8 @@ def _append(layers: Sequence[DynamicLayer], *states: torch.Tensor) -> tuple[torc
             for i, layer in enumerate(layers if length else ()):
                 tensor[i * rows : (i + 1) * rows, :, :length] = getattr(layer, name)
     for tensor, new in zip(shared, states):
-        tensor[..., length:end, :] = new
-    filled = shared[0][..., :end, :], shared[1][..., :end, :]
+        tensor.narrow(-2, length, new_length).copy_(new)
+    filled = shared[0].narrow(-2, 0, end), shared[1].narrow(-2, 0, end)
     _share(layers, shared, filled)
     return filled
 
@@ -283,11 +286,12 @@ def _shared(layers: Sequence[CacheLayerMixin]) -> tuple[torch.Tensor, torch.Tens
     reordered or cropped.
     """
     shared, parts = getattr(layers[0], "mixture_blocks", (None, []))
-    if len(parts) == len(layers) and all(
-        layer.keys is keys and layer.values is values for layer, (keys, values) in zip(layers, parts)
-    ):
-        return shared
-    return None
+    if len(parts) != len(layers):
+        return None
+    for layer, (keys, values) in zip(layers, parts):  # a loop, as `all` of a generator is too slow for every step
+        if layer.keys is not keys or layer.values is not values:
+            return None
+    return shared
 
 
 def _is_frozen(tensor: torch.Tensor) -> bool:

@@ -7,7 +7,8 @@ without its weights: the copy has stacked layers in place of PEFT's, and shares 
 
 PEFT's own way to run several adapters in one batch, `adapter_names`, registers a hook on every adapted layer at each
 call, and each layer loops over the adapters, with two products and an indexed read and write of the rows for each.
-Here a layer takes two batched products for any K, and tensors of fixed shapes that torch.compile can trace.
+Here a layer takes two batched products for any K, and tensors of fixed shapes that torch.compile can trace. Layers that
+read the same input share the first of them.
 """
 
 from collections.abc import Sequence
@@ -18,13 +19,14 @@ from torch import nn
 from transformers.utils import logging
 
 from .adapter_loading import is_from_peft
-from .stacked_rows import StackedModules, StackingError, check_rows, reason_of, with_children
+from .stacked_rows import StackedModules, StackingError, check_rows, reason_of
+from .tuned_linear import Tuner
 
 
 logger = logging.get_logger(__name__)
 
 # Number of stacks that are kept, for different sets of adapters. Each holds a copy of their factors.
-KEPT_STACKS = 4
+KEPT_STACKS = 8
 
 
 class StackedLoraLinear(nn.Module):
@@ -46,15 +48,46 @@ class StackedLoraLinear(nn.Module):
         self.register_buffer("factors_a", factors_a, persistent=False)
         self.register_buffer("factors_b", factors_b, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        self.shared_input: SharedInput | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         output = self.base_layer(hidden_states)
-        count, in_features, _ = self.factors_a.shape
-        hidden_states = hidden_states.reshape(count, -1, in_features).to(self.factors_a.dtype)
-        blocks = _add_product(output, torch.bmm(hidden_states, self.factors_a), self.factors_b)
+        if self.shared_input is None or torch.compiler.is_compiling():
+            inner = _first_product(hidden_states, self.factors_a)
+        else:
+            inner = self.shared_input.product_for(self, hidden_states)
+        blocks = _add_product(output, inner, self.factors_b)
         if self.bias is not None:
             blocks.add_(self.bias)
         return output
+
+
+class SharedInput:
+    """
+    The first product of layers that read the same input, computed when the first of them runs.
+
+    Args:
+        layers (`Sequence[StackedLoraLinear]`): the layers, in the order in which they run.
+    """
+
+    def __init__(self, layers: Sequence[StackedLoraLinear]):
+        self.ranks = [layer.factors_a.shape[2] for layer in layers]
+        # stored transposed, as those of one layer
+        self.factors = torch.cat([layer.factors_a.transpose(1, 2) for layer in layers], 1).transpose(1, 2)
+        self.positions = {layer: i for i, layer in enumerate(layers)}
+        for layer, own in zip(layers, self.factors.split(self.ranks, 2)):
+            layer.factors_a, layer.shared_input = own, self
+        # one object, so that threads which run at the same time cannot mix the input of one with the products of another
+        self._last: tuple[torch.Tensor | None, tuple[torch.Tensor, ...]] = (None, ())
+
+    def product_for(self, layer: StackedLoraLinear, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The input times the first factors of one of the layers: `(K, tokens, r)`."""
+        source, products = self._last
+        if source is not hidden_states:
+            products = _first_product(hidden_states, self.factors).split(self.ranks, 2)
+        i = self.positions[layer]
+        self._last = (None, ()) if i == len(products) - 1 else (hidden_states, products)
+        return products[i]
 
 
 class StackedLoraEmbedding(nn.Module):
@@ -81,13 +114,18 @@ class StackedLoraEmbedding(nn.Module):
         return output
 
 
+def _first_product(hidden_states: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """The blocks of an input times first factors: `(K, tokens, r)`."""
+    blocks = hidden_states.reshape(factors.shape[0], -1, hidden_states.shape[-1])
+    return torch.bmm(blocks.to(factors.dtype), factors)
+
+
 def _add_product(output: torch.Tensor, inner: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """Adds `inner @ factors` to the blocks of `output` in place, and returns these: `(K, tokens, features)`."""
-    blocks = output.view(len(factors), -1, output.shape[-1])
+    blocks = output.view(factors.shape[0], -1, output.shape[-1])
     if output.dtype == inner.dtype:
         return blocks.baddbmm_(inner, factors)
-    # adapters are often stored in a higher precision than their base
-    return blocks.copy_(torch.baddbmm(blocks.to(inner.dtype), inner, factors))
+    return blocks.add_(torch.bmm(inner, factors))  # rounded once, after the sum
 
 
 class AdapterStacks:
@@ -192,56 +230,88 @@ def stack_adapters(model: nn.Module, adapters: Sequence[str | None]) -> nn.Modul
         for adapter in adapters:
             if reason := why_not_stacked(model, adapter):
                 raise StackingError(f"of the adapter {adapter}: {reason}")
-        stack = _copy(model.get_base_model(), adapters, stacked, {})
-        check_rows(stack, stacked, len(adapters))
+        stack = _Copier(adapters, stacked).copy(model.get_base_model())
+        for layers in check_rows(stack, stacked, len(adapters)):
+            _share_input(layers)
     except Exception as error:
         logger.info(f"The adapters {list(adapters)} run one after another, because {reason_of(error)}.")
         return None
     return stack
 
 
-def _copy(
-    module: nn.Module, adapters: Sequence[str | None], stacked: list[nn.Module], memo: dict[int, nn.Module]
-) -> nn.Module:
+class _Copier:
     """
-    A copy with stacked layers that shares parameters, buffers and hooks; the module itself if it has no such layer.
+    Copies modules without their weights, with stacked layers in place of PEFT's and tuned ones in place of linear layers.
+
+    Args:
+        adapters (`Sequence[str]`): names of the adapters that run side by side; `None` for the base itself.
+        stacked (`list[nn.Module]`): the stacked layers, to which those of the copies are added.
     """
-    if id(module) in memo:
-        return memo[id(module)]
-    if is_from_peft(module, "base_layer"):
-        twin = _copy(module.base_layer, adapters, stacked, memo)
-        if is_from_peft(module, "r") and any(adapter in module.r for adapter in adapters):
-            *factors, bias = _stacked_factors(module, adapters)
-            twin = StackedLoraLinear(twin, *factors, bias) if module.lora_A else StackedLoraEmbedding(twin, *factors)
-            stacked.append(twin)
-    elif is_from_peft(module, "original_module"):
-        within: list[nn.Module] = []
-        twin = _copy(module.original_module, adapters, within, memo)
-        saved = getattr(module, "modules_to_save", {})
-        if any(adapter in saved for adapter in adapters):
-            if within:
+
+    def __init__(self, adapters: Sequence[str | None], stacked: list[nn.Module]):
+        self.adapters = adapters
+        self.stacked = stacked
+        self._memo: dict[int, nn.Module] = {}
+        self._tuner = Tuner()
+
+    def copy(self, module: nn.Module) -> nn.Module:
+        """A copy that shares parameters, buffers and hooks; the module itself where nothing in it is replaced."""
+        if id(module) not in self._memo:
+            if is_from_peft(module, "base_layer"):
+                twin = self._copy_adapted(module)
+            elif is_from_peft(module, "original_module"):
+                twin = self._copy_saved(module)
+            else:
+                twin = self._copy_other(module)
+            self._memo[id(module)] = twin
+        return self._memo[id(module)]
+
+    def _copy_adapted(self, layer: nn.Module) -> nn.Module:
+        twin = self.copy(layer.base_layer)
+        if is_from_peft(layer, "r") and any(adapter in layer.r for adapter in self.adapters):
+            *factors, bias = _stacked_factors(layer, self.adapters)
+            twin = StackedLoraLinear(twin, *factors, bias) if layer.lora_A else StackedLoraEmbedding(twin, *factors)
+            self.stacked.append(twin)
+        return twin
+
+    def _copy_saved(self, wrapper: nn.Module) -> nn.Module:
+        """The copy of a module that some adapters have of their own (`modules_to_save`)."""
+        before = len(self.stacked)
+        twin = self.copy(wrapper.original_module)
+        saved = getattr(wrapper, "modules_to_save", {})
+        if any(adapter in saved for adapter in self.adapters):
+            if len(self.stacked) > before:
                 raise StackingError(
-                    f"a {type(module.original_module).__name__} is saved by some and adapted by others"
+                    f"a {type(wrapper.original_module).__name__} is saved by some and adapted by others"
                 )
-            twin = StackedModules([_own(saved[a], a) if a in saved else twin for a in adapters])
-            stacked.append(twin)
-        stacked += within
-    else:
-        children = {name: child and _copy(child, adapters, stacked, memo) for name, child in module._modules.items()}
-        twin = module
-        if any(child is not module._modules[name] for name, child in children.items()):
-            twin = with_children(module, children)
-    memo[id(module)] = twin
-    return twin
+            twin = StackedModules([_own(saved[a], a) if a in saved else twin for a in self.adapters])
+            self.stacked.append(twin)
+        return twin
+
+    def _copy_other(self, module: nn.Module) -> nn.Module:
+        twin = self._tuner.layer(module)
+        if twin is not module:
+            return twin
+        if "forward" in module.__dict__ and not any(is_from_peft(part, "base_layer") for part in module.modules()):
+            return module  # what runs is not known
+        children = {name: child and self.copy(child) for name, child in module._modules.items()}
+        return self._tuner.with_children(module, children)
 
 
 def _own(saved: nn.Module, adapter: str) -> nn.Module:
     """A module from an adapter's `modules_to_save`, without PEFT's wrappers inside."""
     layers: list[nn.Module] = []
-    twin = _copy(saved, [adapter], layers, {})
+    twin = _Copier([adapter], layers).copy(saved)
     if layers:
         raise StackingError(f"a {type(saved).__name__} that the adapter {adapter} saves is also adapted by it")
     return twin
+
+
+def _share_input(layers: Sequence[nn.Module]) -> None:
+    """Joins the first products of layers that read the same input."""
+    linear = [layer for layer in layers if isinstance(layer, StackedLoraLinear)]
+    if len(linear) > 1 and len({layer.factors_a.dtype for layer in linear}) == 1 and len(set(linear)) == len(linear):
+        SharedInput(linear)
 
 
 @torch.no_grad()
@@ -256,6 +326,8 @@ def _stacked_factors(
     pairs = {adapter: _factors(layer, adapter) for adapter in adapters if adapter in layer.r}
     first = next(iter(pairs.values()))[0]
     like = {"device": first.device, "dtype": first.dtype}
+    if first.device.type == "cpu":  # where small products in half precision take several times as long
+        like["dtype"] = torch.promote_types(first.dtype, torch.float32)
     for first, *_ in pairs.values():
         like["dtype"] = torch.promote_types(like["dtype"], first.dtype)
     rank = max(len(first) for first, *_ in pairs.values())

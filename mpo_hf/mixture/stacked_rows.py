@@ -39,19 +39,16 @@ class StackedModules(nn.Module):
         return torch.cat([block(part) for block, part in zip(self.blocks, rows.chunk(len(self.blocks)))])
 
 
-def can_run_stacked(model: nn.Module, inputs: dict[str, Any], count: int) -> bool:
+def can_run_stacked(model: nn.Module, inputs: dict[str, Any]) -> bool:
     """
-    Whether one call with the rows of several components gives the results of one call each, in less time.
+    Whether one call with the rows of several components gives the results of one call each.
 
     Not during training, when attentions or hidden states are asked for, or with an input that may not be by row.
 
     Args:
         model (`nn.Module`): the model of the components.
         inputs (`dict`): arguments of its `forward`, for one component.
-        count (`int`): the number of components.
     """
-    if count * inputs["input_ids"].numel() > MAX_STACKED_TOKENS:
-        return False
     if model.training or inputs.get("output_attentions") or inputs.get("output_hidden_states"):
         return False
     if torch.is_autocast_enabled(inputs["input_ids"].device.type):
@@ -71,6 +68,11 @@ def can_run_stacked(model: nn.Module, inputs: dict[str, Any], count: int) -> boo
     return True
 
 
+def saves_time(inputs: dict[str, Any], count: int) -> bool:
+    """Whether one call with the rows of several components takes less time than one call each."""
+    return count * inputs["input_ids"].numel() <= MAX_STACKED_TOKENS
+
+
 def with_children(module: nn.Module, children: dict[str, nn.Module | None]) -> nn.Module:
     """A copy of a module with other children, which shares its parameters, buffers and hooks."""
     if "forward" in module.__dict__:
@@ -81,7 +83,7 @@ def with_children(module: nn.Module, children: dict[str, nn.Module | None]) -> n
 
 
 @torch.no_grad()
-def check_rows(stack: nn.Module, stacked: Sequence[nn.Module], count: int) -> None:
+def check_rows(stack: nn.Module, stacked: Sequence[nn.Module], count: int) -> list[list[nn.Module]]:
     """
     Runs a stack once to check that blocks of rows reach its layers as blocks, which routed experts would mix.
 
@@ -90,16 +92,25 @@ def check_rows(stack: nn.Module, stacked: Sequence[nn.Module], count: int) -> No
         stacked (`Sequence[nn.Module]`): those of its layers that take blocks of rows.
         count (`int`): the number of blocks.
 
+    Returns:
+        `list[list[nn.Module]]`: the layers that read the same input, which did not change in between, in the order in which
+        they ran.
+
     Raises:
         `StackingError`: with the first layer that got other shapes.
     """
     shape = (count, count + 1)
     seen: dict[nn.Module, tuple[int, ...]] = {}
+    # inputs are held, or others could be made in their place; values, as they can be changed in place
+    readers: dict[int, tuple[torch.Tensor, torch.Tensor, list[nn.Module]]] = {}
 
     def look(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if len(args) != 1 or kwargs:
             raise StackingError(f"a {type(layer).__name__} would get {len(args)} inputs and {list(kwargs)}")
         seen[layer] = tuple(args[0].shape[:-1] if args[0].is_floating_point() else args[0].shape)
+        source, values, layers = readers.get(id(args[0]), (args[0], args[0].clone(), []))
+        if torch.equal(source, values):
+            readers[id(source)] = source, values, [*layers, layer]
 
     hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in stacked]
     try:
@@ -112,3 +123,4 @@ def check_rows(stack: nn.Module, stacked: Sequence[nn.Module], count: int) -> No
         # activations that are split into heads have a dimension for these, before or after the tokens
         if found != shape and not (len(found) == 3 and found[0] == count and count + 1 in found[1:]):
             raise StackingError(f"of {shape} tokens, a layer of theirs saw {found}")
+    return [layers for _, _, layers in readers.values()]

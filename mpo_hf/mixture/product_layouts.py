@@ -1,0 +1,165 @@
+"""
+Which form a product takes on the CPU, chosen by measurement.
+
+One and the same product costs several times as much in one form as in another, and which is the fastest depends on the
+processor, the library that PyTorch was built with, the dtype and the number of rows: in float32, two rows can take longer
+than eight. So the forms are timed once for a shape, and the fastest is kept for the rest of the process.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# What `set_product_layouts` is called with before the first product, if anything.
+ENVIRONMENT_VARIABLE = "MPO_HF_PRODUCT_LAYOUTS"
+
+PLAIN = "plain"
+# All forms, in the order in which they are preferred.
+FORMS = (PLAIN, "onednn", "turned", "padded to 4", "padded to 8", "one by one", "float32")
+
+# A form must take less than this fraction of the time of those before it, so that noise rarely decides.
+_GAIN = 0.9
+_ROUNDS = 4
+
+
+class _Layouts:
+    """The choices of this process."""
+
+    def __init__(self):
+        self.measures = True
+        self.choices: dict[str, str] = {}
+
+
+_LAYOUTS: _Layouts | None = None
+
+
+def current_layouts() -> _Layouts:
+    """The choices of this process, another object after every [`set_product_layouts`]."""
+    if _LAYOUTS is None:
+        set_product_layouts(os.environ.get(ENVIRONMENT_VARIABLE, "measured"))
+    return _LAYOUTS
+
+
+def are_plain() -> bool:
+    """Whether no product takes another form than the plain one."""
+    layouts = current_layouts()
+    return not layouts.measures and not layouts.choices
+
+
+def get_product_layouts() -> dict[str, str]:
+    """
+    The forms that this process has chosen for its products, for [`set_product_layouts`] of another one.
+
+    Returns:
+        `dict[str, str]`: the name of the form by shape, such as `"float32, 3 x 576 x 49152, 2 threads"` for three rows and a
+        weight of 49152 outputs.
+
+    Example:
+
+    ```python
+    >>> from mpo_hf import get_product_layouts, set_product_layouts
+
+    >>> set_product_layouts({"float32, 3 x 576 x 49152, 2 threads": "turned"})
+    >>> get_product_layouts()
+    {'float32, 3 x 576 x 49152, 2 threads': 'turned'}
+
+    >>> set_product_layouts("measured")
+    ```
+    """
+    return dict(current_layouts().choices)
+
+
+def set_product_layouts(layouts: str | os.PathLike | Mapping[str, str]) -> None:
+    """
+    Sets how this process chooses the form of products on the CPU. All forms compute the same up to rounding, which can still
+    decide what is sampled or which of two beams wins: a seed gives the same tokens in processes with the same choices.
+
+    Args:
+        layouts (`str`, `os.PathLike` or `Mapping[str, str]`):
+            `"measured"` (the default) times the forms once for each shape and keeps the fastest; choices made before are
+            forgotten. `"plain"` leaves all products to PyTorch. Choices from [`get_product_layouts`], or the path of a JSON
+            file of them, pin these; all other shapes are plain. The environment variable `MPO_HF_PRODUCT_LAYOUTS` sets the same
+            for a process.
+
+    Raises:
+        `ValueError`: for choices that are none.
+        `OSError`: for a file that cannot be read.
+    """
+    global _LAYOUTS
+    chosen = _Layouts()
+    chosen.measures = isinstance(layouts, str) and layouts == "measured"
+    if not isinstance(layouts, str) or layouts not in ("measured", PLAIN):
+        chosen.choices = _checked(layouts if isinstance(layouts, Mapping) else _read(layouts))
+    _LAYOUTS = chosen
+
+
+def _read(path: str | os.PathLike) -> Mapping[str, str]:
+    with open(path, encoding="utf-8") as file:
+        try:
+            return json.load(file)
+        except ValueError as err:
+            raise ValueError(f"{os.fspath(path)!r} is no JSON file of product layouts: {err}.") from err
+
+
+def _checked(choices: Mapping[str, str]) -> dict[str, str]:
+    is_mapping = isinstance(choices, Mapping)
+    wrong = {shape: form for shape, form in choices.items() if form not in FORMS} if is_mapping else choices
+    if wrong or not is_mapping:
+        raise ValueError(
+            "Product layouts must be 'measured', 'plain', or what `get_product_layouts()` returned, which maps shapes to the "
+            f"forms {list(FORMS)}; got {wrong!r}."
+        )
+    return dict(choices)
+
+
+def choose_layout(name: str, terms: int, forms: Mapping[str, Callable[[], torch.Tensor]]) -> str:
+    """
+    Chooses the form of a product by measurement, unless it is pinned or was chosen before.
+
+    Args:
+        name (`str`): what to call the product, with all that its time depends on.
+        terms (`int`): the number of terms of its sums, whose rounding errors grow with the root of it.
+        forms (`Mapping[str, Callable]`): functions that compute the product, some of [`FORMS`], the plain one first.
+    """
+    layouts = current_layouts()
+    if name not in layouts.choices:
+        if not layouts.measures:
+            return PLAIN
+        with torch.inference_mode():
+            layouts.choices[name] = _fastest(name, terms, forms)
+    return layouts.choices[name] if layouts.choices[name] in forms else PLAIN
+
+
+def _fastest(name: str, terms: int, forms: Mapping[str, Callable[[], torch.Tensor]]) -> str:
+    expected = forms[PLAIN]()
+    allowed = 8 * terms**0.5 * torch.finfo(expected.dtype).eps * expected.abs().max()
+    forms = {form: run for form, run in forms.items() if form == PLAIN or _is_close(run, expected, allowed)}
+    seconds = dict.fromkeys(forms, math.inf)
+    for _ in range(_ROUNDS):
+        for form, run in forms.items():
+            start = time.perf_counter()
+            run()
+            seconds[form] = min(seconds[form], time.perf_counter() - start)
+    chosen = PLAIN
+    for form in forms:
+        if seconds[form] < _GAIN * seconds[chosen]:
+            chosen = form
+    logger.info(f"{name}: {chosen} (" + ", ".join(f"{form} {s * 1e3:.3g} ms" for form, s in seconds.items()) + ")")
+    return chosen
+
+
+def _is_close(run: Callable[[], torch.Tensor], expected: torch.Tensor, allowed: torch.Tensor) -> bool:
+    """Whether a form is available, and differs from the plain one by no more than rounding."""
+    try:
+        found = run()
+    except (RuntimeError, AttributeError):  # such as an operator that this build of PyTorch does not have
+        return False
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= allowed)

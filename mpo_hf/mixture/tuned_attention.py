@@ -1,0 +1,87 @@
+"""
+Attention in half precision that is computed in float32 where that is faster, in copies of modules.
+
+PyTorch's attention on the CPU takes several times as long in bfloat16 as in float32 on processors without matrix units, and
+rounds more.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .product_layouts import PLAIN, choose_layout
+
+
+NAME = "mpo_hf_sdpa"
+_HALF = (torch.float16, torch.bfloat16)
+# With fewer keys, the choice would take longer than all that it saves.
+MIN_NUMEL = 2**13
+
+
+class _AttentionConfig:
+    """
+    A model's config as a copy of an attention layer reads it: with another name for the attention of PyTorch.
+
+    Args:
+        config (`PreTrainedConfig`): the config. Changes of it are seen.
+    """
+
+    def __init__(self, config: Any):
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._config, name)
+        return NAME if name == "_attn_implementation" and value == "sdpa" else value
+
+
+def tuned_attention(twin: nn.Module) -> nn.Module:
+    """Lets a copy of an attention layer in half precision choose how it computes; other modules stay as they are."""
+    config = twin.__dict__.get("config")
+    is_attention = getattr(config, "_attn_implementation", None) is not None and "is_causal" in twin.__dict__
+    if is_attention and next(twin.parameters()).dtype in _HALF:
+        twin.__dict__["config"] = _AttentionConfig(config)
+    return twin
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if (
+        not query.is_cpu
+        or query.dtype not in _HALF
+        or torch.compiler.is_compiling()
+        or key.numel() < MIN_NUMEL
+        or torch.is_grad_enabled()
+    ):
+        return plain(module, query, key, value, attention_mask, **kwargs)
+
+    def in_float32() -> torch.Tensor:
+        mask = attention_mask
+        if mask is not None and mask.is_floating_point():
+            mask = mask.float()
+        states = [states.float() for states in (query, key, value)]
+        return plain(module, *states, mask, **kwargs)[0].to(query.dtype)
+
+    def in_half() -> torch.Tensor:
+        return plain(module, query, key, value, attention_mask, **kwargs)[0]
+
+    # sizes up to the next power of two share a choice
+    rows, new, length = [2 ** (size - 1).bit_length() for size in (query.shape[0], query.shape[2], key.shape[2])]
+    name = (
+        f"{str(query.dtype).removeprefix('torch.')} attention{'' if attention_mask is None else ' with a mask'}, "
+        f"{rows} x {query.shape[1]} of {key.shape[1]} x {new} x {length} x {query.shape[3]}, {torch.get_num_threads()} threads"
+    )
+    form = choose_layout(name, query.shape[3] + key.shape[2], {PLAIN: in_half, "float32": in_float32})
+    return (in_half() if form == PLAIN else in_float32()), None
+
+
+AttentionInterface.register(NAME, _attention)
