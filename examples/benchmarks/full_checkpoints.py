@@ -1,7 +1,7 @@
 """
 The cost of a decoding step of a mixture of K full models of one architecture, by several methods to run them.
 
-    python examples/benchmarks/full_checkpoints.py --threads 2
+    python examples/benchmarks/full_checkpoints.py --threads 2 [--dtype bfloat16]
 
 The methods take turns, step by step, so that all of them see the same load of the machine. The ratio to the first method is
 printed, as median and quartiles over the repetitions:
@@ -53,6 +53,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=32, help="rank of the adapters")
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     return parser.parse_args()
 
 
@@ -61,7 +62,7 @@ def filled_cache(config, layers: int, rows: int, context: int) -> DynamicCache:
     cache = DynamicCache()
     shape = (rows, config.num_key_value_heads, context, config.head_dim)
     for layer in range(layers):
-        cache.update(torch.randn(shape), torch.randn(shape), layer)
+        cache.update(torch.randn(shape, dtype=config.dtype), torch.randn(shape, dtype=config.dtype), layer)
     return cache
 
 
@@ -71,7 +72,7 @@ def step_of_mixture(mixture: MixturePolicyModel, ids: torch.Tensor, context: int
     config = mixture.config.decoder_configs[0]
     shape = (len(ids), config.num_key_value_heads, context, config.head_dim)
     for layer in cache.layers:
-        layer.update(torch.randn(shape), torch.randn(shape))
+        layer.update(torch.randn(shape, dtype=config.dtype), torch.randn(shape, dtype=config.dtype))
     return lambda: mixture(ids, cache=cache).logits
 
 
@@ -89,7 +90,7 @@ def make_steps(models: list[PreTrainedModel], batch_size: int, context: int, ran
     parameters, buffers = stack_module_state(models)
     empty = copy.deepcopy(models[0]).to("meta")
     shape = (count, 2, layers, batch_size, config.num_key_value_heads, context, config.head_dim)
-    states = torch.randn(shape)
+    states = torch.randn(shape, dtype=config.dtype)
     positions = torch.full((batch_size, 1), context)
 
     def forward(model: PreTrainedModel, cache: DynamicCache) -> torch.Tensor:
@@ -124,12 +125,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     names = ["threads", "vmap", "side by side", "adapters"]
-    print(f"float32, {args.threads} threads, {args.context} tokens of context. Ratios to one after another:\n")
+    dtype = getattr(torch, args.dtype)
+    print(f"{args.dtype}, {args.threads} threads, {args.context} tokens of context. Ratios to one after another:\n")
     rows = []
     for shape in args.shapes:
         config = LlamaConfig(**SHAPES[shape], num_key_value_heads=KEY_VALUE_HEADS[shape], tie_word_embeddings=True)
         for count in args.counts:
-            models = [LlamaForCausalLM(config).eval().requires_grad_(False) for _ in range(count)]
+            models = [LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False) for _ in range(count)]
+            config.dtype = dtype
             for batch_size in args.batch_sizes:
                 ways = make_steps(models, batch_size, args.context, args.rank)
                 seconds = interleaved(ways, args.repetitions, time.perf_counter)

@@ -33,7 +33,7 @@ from .stacked_cache import can_stack, join_static_layers, stack_views
 from .stacked_lora import AdapterStacks
 from .stacked_models import ModelStacks
 from .stacked_rows import can_run_stacked, saves_time
-from .tuned_linear import TunedModels
+from .tuned_modules import TunedModels
 
 
 class ComponentRunningMixin:

@@ -40,7 +40,7 @@ from .pooling import log_linear_pool
 from .presets import PresetMixin
 from .stacked_lora import AdapterStacks
 from .stacked_models import ModelStacks
-from .tuned_linear import TunedModels
+from .tuned_modules import TunedModels
 
 
 logger = logging.get_logger(__name__)

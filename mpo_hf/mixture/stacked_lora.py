@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from .adapter_loading import is_from_peft
 from .stacked_rows import StackedModules, StackingError, check_rows, reason_of
-from .tuned_linear import Tuner
+from .tuned_modules import Tuner
 
 
 logger = logging.get_logger(__name__)

@@ -11,6 +11,7 @@ as long as the models are used by themselves. Its result runs under `vmap`, wher
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .mixture_inputs import trial_inputs
+from .product_layouts import PLAIN
 from .stacked_rows import StackedModules, StackingError, check_rows, reason_of, with_children
+from .tuned_products import MIN_NUMEL, StackedProducts, can_be_tuned
 
 
 logger = logging.get_logger(__name__)
@@ -41,20 +44,23 @@ class StackedLinear(nn.Module):
     Args:
         weight (`torch.Tensor` of shape `(K, in_features, out_features)`): the weights.
         bias (`torch.Tensor` of shape `(K, out_features)`, *optional*): the biases.
+        products (`StackedProducts`): those of its shape, to which this layer is added.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, products: StackedProducts):
         super().__init__()
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.unsqueeze(1), persistent=False)
+        products.layers.append(self._buffers)
+        self.products = products
+        self.is_small = weight[0].numel() < MIN_NUMEL
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        blocks = hidden_states.reshape(len(self.weight), -1, hidden_states.shape[-1])
-        if self.bias is None:
-            blocks = torch.bmm(blocks, self.weight)
-        else:
-            blocks = torch.baddbmm(self.bias, blocks, self.weight)
-        return blocks.view(*hidden_states.shape[:-1], -1)
+        weight, form = self.weight, PLAIN
+        blocks = hidden_states.reshape(weight.shape[0], -1, hidden_states.shape[-1])
+        if not (self.is_small or torch.compiler.is_compiling()) and can_be_tuned(blocks, weight):
+            form = self.products.form(blocks.shape[1])
+        return self.products.compute(form, blocks, weight, self.bias).view(*hidden_states.shape[:-1], -1)
 
 
 class StackedEmbedding(nn.Module):
@@ -231,6 +237,7 @@ class _Builder:
         self.models = models
         self.stacked: list[nn.Module] = []
         self._tensors: dict[tuple[int, ...], torch.Tensor] = {}
+        self._products: dict[torch.Size, StackedProducts] = defaultdict(StackedProducts)
 
     def check(self) -> None:
         """
@@ -286,15 +293,16 @@ class _Builder:
         if any("forward" in module.__dict__ for module in modules):
             raise StackingError(f"the forward of a {type(first).__name__} is replaced, as by offloading")
         if type(first) is nn.Linear:
-            return StackedLinear(
-                self._side_by_side(modules, "weight").transpose(1, 2), self._side_by_side(modules, "bias")
-            )
+            return self._linear(self._side_by_side(modules, "weight").transpose(1, 2), modules)
         if type(first) is Conv1D:
-            return StackedLinear(self._side_by_side(modules, "weight"), self._side_by_side(modules, "bias"))
+            return self._linear(self._side_by_side(modules, "weight"), modules)
         if type(first) is nn.Embedding and first.max_norm is None:
             return StackedEmbedding(self._side_by_side(modules, "weight"), first.padding_idx)
         norm = self._norm(modules)
         return StackedModules(modules) if norm is None else norm
+
+    def _linear(self, weight: torch.Tensor, modules: Sequence[nn.Module]) -> StackedLinear:
+        return StackedLinear(weight, self._side_by_side(modules, "bias"), self._products[weight.shape])
 
     def _side_by_side(self, modules: Sequence[nn.Module], name: str) -> torch.Tensor | None:
         """One tensor of the parameters of all models, which become views of it."""

@@ -5,6 +5,7 @@ PyTorch's attention on the CPU takes several times as long in bfloat16 as in flo
 rounds more.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -40,10 +41,16 @@ class _AttentionConfig:
 def tuned_attention(twin: nn.Module) -> nn.Module:
     """Lets a copy of an attention layer in half precision choose how it computes; other modules stay as they are."""
     config = twin.__dict__.get("config")
-    is_attention = getattr(config, "_attn_implementation", None) is not None and "is_causal" in twin.__dict__
-    if is_attention and next(twin.parameters()).dtype in _HALF:
-        twin.__dict__["config"] = _AttentionConfig(config)
+    if getattr(config, "_attn_implementation", None) is not None and _asks_for_attention(type(twin)):
+        if next(twin.parameters()).dtype in _HALF:
+            twin.__dict__["config"] = _AttentionConfig(config)
     return twin
+
+
+def _asks_for_attention(kind: type[nn.Module]) -> bool:
+    """Whether the layers of a class call what is registered under the name of the attention, without knowing the name."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and "sdpa" not in code.co_consts
 
 
 def _attention(
