@@ -55,6 +55,7 @@ USED = {
     "mixture/stacked_cache.py": {"_dynamo"},
     "mixture/stacked_lora.py": {"_modules", "_version"},
     "mixture/stacked_models.py": {"_attn_implementation", "_buffers", "_modules", "_parameters"},
+    "mixture/stacked_rows.py": {"_modules"},
     "mixture/tuned_modules.py": {"_modules", "_parameters"},
     "mixture/tuned_products.py": {"_linear_pointwise"},
     "decoding/sequence_level.py": {"_beam_search", "_pad_token_tensor", "_prefill"},

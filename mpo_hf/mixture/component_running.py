@@ -44,14 +44,15 @@ class ComponentRunningMixin:
         backbones (`list[nn.Module]`): loaded models, each shared by one or more components.
         policies (`list[PolicyHandle]`): which backbone, with which adapter, every component runs on.
         stack_adapters (`bool`): whether adapters over one base run side by side where they can.
-        stack_models (`bool`): whether full models of one architecture do.
+        stack_models (`bool`, *optional*):
+            Whether full models of one architecture do; by default, those on the CPU that were not given in memory.
     """
 
     config: MixturePolicyConfig
     backbones: list[nn.Module]
     policies: list[PolicyHandle]
     stack_adapters: bool
-    stack_models: bool
+    stack_models: bool | None
     pooled_head: nn.Module
     layer_counts: list[int]
     _stacks: dict[int, AdapterStacks]
@@ -172,7 +173,7 @@ class ComponentRunningMixin:
                 if stack is not None:
                     groups |= dict.fromkeys(members, (members, stack))
         full = self._full_models
-        for members, models in self._model_stacks.groups(full, check) if self.stack_models else ():
+        for members, models in self._model_stacks.groups(self._stackable_models(full), check):
             if set(members) <= set(active) and saves_time(inputs, len(members)):
                 stack = models.get(check=check) if all(can_run_stacked(m, inputs) for m in models.models) else None
                 if stack is not None:
@@ -229,8 +230,8 @@ class ComponentRunningMixin:
     def stacked_components(self) -> list[list[int]]:
         """
         Groups of components that run in one forward pass, as long as they have weight and nothing is trained: adapters
-        over one base and, with `stack_models`, full models of one architecture. All others run one after another, with
-        the same results; the reason is logged at level `info`.
+        over one base and full models of one architecture. All others run one after another, with the same results; the
+        reason is logged at level `info`.
         """
         with lock_of(self.pooled_head):
             return self._stacked_components()
@@ -241,8 +242,18 @@ class ComponentRunningMixin:
             group = self._stackable(index, range(len(self.policies)))
             if len(group) > 1 and self._stacks[index].get([self.policies[k].adapter for k in group]) is not None:
                 found.append(group)
-        full = self._model_stacks.groups(self._full_models) if self.stack_models else []
+        full = self._model_stacks.groups(self._stackable_models(self._full_models))
         return found + [group for group, models in full if models.get() is not None]
+
+    def _stackable_models(self, full: dict[int, nn.Module]) -> dict[int, nn.Module]:
+        """Those of the full models that may run side by side."""
+        if self.stack_models is not None:
+            return full if self.stack_models else {}
+        return {
+            k: model
+            for k, model in full.items()
+            if self.config.components[k].name_or_path is not None and execution_device(model).type == "cpu"
+        }
 
     @property
     def _full_models(self) -> dict[int, nn.Module]:

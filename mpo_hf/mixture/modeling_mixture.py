@@ -132,8 +132,10 @@ class MixturePolicyModel(
         self._load_kwargs = load_kwargs or {}
         # layers of each component in a cache; kept, as every step of decoding asks for them
         self.layer_counts = [len(layer_types_of(decoder)) for decoder in config.decoder_configs]
-        # whether adapters over one base run side by side where possible, and full models, which moves their weights
-        self.stack_adapters, self.stack_models = True, False
+        # whether adapters over one base run side by side where possible, and full models, which moves their weights; by
+        # default, on the CPU, those that the mixture has opened itself
+        self.stack_adapters: bool = True
+        self.stack_models: bool | None = None
         self._stacks: dict[int, AdapterStacks] = {}
         self._model_stacks = ModelStacks()
         self._tuned_models = TunedModels()

@@ -19,7 +19,8 @@ from torch import nn
 from transformers.utils import logging
 
 from .adapter_loading import is_from_peft
-from .stacked_rows import StackedModules, StackingError, check_rows, reason_of
+from .adapter_switching import lock_of
+from .stacked_rows import StackedModules, StackingError, attributes_of, check_rows, reason_of
 from .tuned_modules import Tuner
 
 
@@ -171,10 +172,13 @@ class AdapterStacks:
             `nn.Module`, or `None` when these adapters cannot run side by side.
         """
         key = tuple(adapters)
-        state, stack = self._stacks.get(key, (None, None))
         if torch.compiler.is_compiling():
-            return stack
-        self._stacks.pop(key, None)
+            return self._stacks.get(key, (None, None))[1]
+        with lock_of(self.model):  # views of a mixture share its stacks
+            return self._get(key, check)
+
+    def _get(self, key: tuple[str | None, ...], check: bool) -> nn.Module | None:
+        state, stack = self._stacks.pop(key, (None, None))
         if state is None or (check and state != _state(self.model, key)):
             stack = stack_adapters(self.model, key)
             state = _state(self.model, key)
@@ -360,7 +364,7 @@ def _state(model: nn.Module, adapters: Sequence[str | None]) -> list[Any]:
     pending = [model.get_base_model()]
     while pending:
         module = pending.pop()
-        state.append(module)
+        state += [module, attributes_of(module)]
         if is_from_peft(module, "base_layer"):
             pending.append(module.base_layer)
         else:

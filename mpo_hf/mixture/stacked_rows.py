@@ -82,6 +82,14 @@ def with_children(module: nn.Module, children: dict[str, nn.Module | None]) -> n
     return twin
 
 
+def attributes_of(module: nn.Module) -> tuple[int, ...]:
+    """
+    What tells whether a module that may be copied is still as it was, such as by a `forward` of its own. Other modules are
+    shared with copies, and may change as they run.
+    """
+    return tuple(map(id, vars(module).values())) if module._modules or isinstance(module, nn.Linear) else ()
+
+
 @torch.no_grad()
 def check_rows(stack: nn.Module, stacked: Sequence[nn.Module], count: int) -> list[list[nn.Module]]:
     """

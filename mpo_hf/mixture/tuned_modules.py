@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .adapter_loading import is_from_peft
+from .adapter_switching import lock_of
 from .product_layouts import PLAIN
-from .stacked_rows import with_children
+from .stacked_rows import attributes_of, with_children
 from .tuned_attention import tuned_attention
 from .tuned_products import MIN_NUMEL, LinearProducts, can_be_tuned
 
@@ -84,7 +85,7 @@ class TunedModels:
     """Tuned copies of full models, which mixtures and views of their components share."""
 
     def __init__(self):
-        self._copies: dict[int, tuple[list[nn.Module], nn.Module]] = {}
+        self._copies: dict[int, tuple[list[Any], nn.Module]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_copies": {}}  # a copy makes its own
@@ -97,8 +98,15 @@ class TunedModels:
             model (`nn.Module`): the model.
             check (`bool`, *optional*, defaults to `True`): whether to check if its modules are still those of the last call.
         """
-        modules, twin = self._copies.get(id(model), (None, None))
-        if modules is None or modules[0] is not model or (check and modules != list(model.modules())):
-            modules, twin = list(model.modules()), tuned_copy(model, Tuner(), {})
-            self._copies[id(model)] = modules, twin
+        with lock_of(model):
+            state, twin = self._copies.get(id(model), (None, None))
+            if state is None or state[0] is not model or (check and state != _state(model)):
+                state, twin = _state(model), tuned_copy(model, Tuner(), {})
+                self._copies[id(model)] = state, twin
         return twin
+
+
+def _state(model: nn.Module) -> list[Any]:
+    """A list that differs when modules or their attributes have been replaced since a copy was made."""
+    modules = list(model.modules())
+    return [*modules, *map(attributes_of, modules)]
