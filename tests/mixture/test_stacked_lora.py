@@ -611,3 +611,43 @@ def test_what_is_compiled_before_anything_ran_goes_the_general_way(tmp_path):
     logits = torch.compile(mixture, fullgraph=True, backend="eager")(IDS, use_cache=False).logits
     assert not mixture._stacks
     torch.testing.assert_close(logits, mixture(IDS).logits, **CLOSE)
+
+
+class Reading(nn.Module):
+    """Two layers that read the same tensor, which may be changed in between."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, changes):
+        super().__init__()
+        self.first, self.second, self.changes = nn.Linear(6, 4), nn.Linear(6, 4), changes
+
+    def forward(self, input_ids, **kwargs):
+        hidden = input_ids[..., None] + torch.linspace(0, 1, 6)
+        output = self.first(hidden)
+        if self.changes:
+            hidden.mul_(3)
+        return output + self.second(hidden)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [False, True])
+def test_layers_that_read_one_input_share_a_product_unless_it_changes(changes):
+    torch.manual_seed(0)
+    model = get_peft_model(Reading(changes), LoraConfig(target_modules=["first", "second"], init_lora_weights=False))
+    model.add_adapter("b", LoraConfig(r=3, target_modules=["first", "second"], init_lora_weights=False))
+    stack = stack_adapters(model.eval(), ["default", "b"])
+    shared = stack.first.shared_input
+    assert (shared is None) == changes and stack.second.shared_input is shared
+    ids = torch.randint(9, (2, 5))
+    expected = []
+    for adapter in ("default", "b"):
+        model.set_adapter(adapter)
+        expected.append(model(input_ids=ids))
+    found = stack(input_ids=ids.repeat(2, 1))
+    torch.testing.assert_close(found, torch.cat(expected), **CLOSE)
+    if shared is not None:  # nothing is kept beyond the last layer that reads it
+        assert shared._last == (None, ())
+        # what another input left behind is not taken for that of this one
+        stack.first(ids[..., None].repeat(2, 1, 6).float())
+        torch.testing.assert_close(stack(input_ids=ids.repeat(2, 1)), torch.cat(expected), **CLOSE)
