@@ -7,8 +7,8 @@ than eight. So the forms are timed once for a shape, and the fastest is kept for
 """
 
 import json
-import math
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 
@@ -28,6 +28,8 @@ FORMS = (PLAIN, "onednn", "turned", "padded to 4", "padded to 8", "one by one", 
 # A form must take less than this fraction of the time of those before it, so that noise rarely decides.
 _GAIN = 0.9
 _ROUNDS = 4
+# No round begins after this time, which large weights take for one.
+_MAX_SECONDS = 0.25
 
 
 class _Layouts:
@@ -37,6 +39,7 @@ class _Layouts:
         self.measures = True
         self.choices: dict[str, str] = {}
         self.tried: set[str] = set()  # those known to work here
+        self.lock = threading.RLock()  # the measurement of one product may ask for the form of another
 
 
 _LAYOUTS: _Layouts | None = None
@@ -132,34 +135,47 @@ def choose_layout(name: str, terms: int, forms: Mapping[str, Callable[[], torch.
         forms (`Mapping[str, Callable]`): functions that compute the product, some of [`FORMS`], the plain one first.
     """
     layouts = current_layouts()
-    if name in layouts.tried or not (layouts.measures or name in layouts.choices):
-        return layouts.choices.get(name, PLAIN)
-    with torch.inference_mode():
-        expected = forms[PLAIN]()
-        allowed = 8 * terms**0.5 * torch.finfo(expected.dtype).eps * expected.abs().max()
-        if name not in layouts.choices:
-            right = {f: run for f, run in forms.items() if f == PLAIN or _is_close(run, expected, allowed)}
-            layouts.choices[name] = _fastest(name, right)
-        elif (form := layouts.choices[name]) != PLAIN:
-            if form not in forms or not _is_close(forms[form], expected, allowed):
-                logger.warning(f"The product layout {form!r} does not work here for {name}, which is plain therefore.")
-                layouts.choices[name] = PLAIN
-    layouts.tried.add(name)
-    return layouts.choices[name]
+    with layouts.lock:  # threads that ask at the same time get one answer
+        if name in layouts.tried or not (layouts.measures or name in layouts.choices):
+            return layouts.choices.get(name, PLAIN)
+        with torch.inference_mode():
+            pinned = layouts.choices.get(name)
+            wanted = forms if pinned is None else {f: run for f, run in forms.items() if f in (PLAIN, pinned)}
+            seconds = _time(wanted, terms, rounds=_ROUNDS if pinned is None else 0)
+        chosen = layouts.choices[name] = _fastest(seconds) if pinned is None else pinned
+        if chosen not in seconds:
+            logger.warning(f"The product layout {chosen!r} does not work here for {name}, which is plain therefore.")
+            chosen = layouts.choices[name] = PLAIN
+        layouts.tried.add(name)
+    logger.info(f"{name}: {chosen} (" + ", ".join(f"{form} {s * 1e3:.3g} ms" for form, s in seconds.items()) + ")")
+    return chosen
 
 
-def _fastest(name: str, forms: Mapping[str, Callable[[], torch.Tensor]]) -> str:
-    seconds = dict.fromkeys(forms, math.inf)
-    for _ in range(_ROUNDS):
-        for form, run in forms.items():
+def _time(forms: Mapping[str, Callable[[], torch.Tensor]], terms: int, rounds: int) -> dict[str, float]:
+    """The shortest time of each form that computes the same as the plain one, in seconds."""
+    expected = forms[PLAIN]()
+    allowed = 8 * terms**0.5 * torch.finfo(expected.dtype).eps * expected.abs().max()
+    seconds: dict[str, float] = {}
+    begin = time.perf_counter()
+    for form, run in forms.items():
+        start = time.perf_counter()
+        if _is_close(run, expected, allowed):
+            seconds[form] = time.perf_counter() - start
+    for _ in range(rounds):
+        for form in seconds:
             start = time.perf_counter()
-            run()
+            forms[form]()
             seconds[form] = min(seconds[form], time.perf_counter() - start)
+        if time.perf_counter() - begin > _MAX_SECONDS:
+            break
+    return seconds
+
+
+def _fastest(seconds: Mapping[str, float]) -> str:
     chosen = PLAIN
-    for form in forms:
+    for form in seconds:
         if seconds[form] < _GAIN * seconds[chosen]:
             chosen = form
-    logger.info(f"{name}: {chosen} (" + ", ".join(f"{form} {s * 1e3:.3g} ms" for form, s in seconds.items()) + ")")
     return chosen
 
 
