@@ -102,8 +102,9 @@ def main(args: DistillArguments) -> None:
     rows["uniform mixture"] = mean_rewards(mixture, tokenizer, args)
     mixture.mixture_weights = fitted
     rows["fitted mixture"] = mean_rewards(mixture, tokenizer, args)
-    # a mixture of one, so that it is sampled like the others
-    alone = MixturePolicyModel.from_policies([{**base_spec(), "adapter": str(student), "dtype": "float32"}])
+    # a mixture of one, so that it is sampled like the others, in the dtype that the quickstart has chosen for them
+    spec = {**base_spec(), "dtype": mixture.config.components[0].dtype}
+    alone = MixturePolicyModel.from_policies([{**spec, "adapter": str(student)}])
     rows["student"] = mean_rewards(alone, tokenizer, args)
     print_table(rows)
     print_difference(rows["student"], rows["fitted mixture"])

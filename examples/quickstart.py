@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from prompts import load_prompts
 from rewards import REWARD_FUNCS
-from smollm2 import base_spec, load_tokenizer
+from smollm2 import base_spec, choose_dtype, load_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging
 
@@ -39,6 +39,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--neural", action="store_true", help="judge sentiment by the trained reward model instead of VADER (slower)"
     )
+    parser.add_argument(
+        "--dtype",
+        default="float32",  # the same table on every processor, to rounding
+        help="of the policies; auto: bfloat16 where this processor is fast in it, which rounds what the fit weighs completions by",
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -56,12 +61,10 @@ def reward_functions(neural: bool) -> list:
     return rewards
 
 
-def open_policies() -> MixturePolicyModel:
+def open_policies(dtype: str = "float32") -> MixturePolicyModel:
     """All three adapters and the reference share one copy of the base model."""
-    components = [
-        {**base_spec(), "adapter": str(HERE / "policies" / name), "label": name, "dtype": "float32"}
-        for name in OBJECTIVES
-    ]
+    spec = {**base_spec(), "dtype": choose_dtype(dtype)}
+    components = [{**spec, "adapter": str(HERE / "policies" / name), "label": name} for name in OBJECTIVES]
     return MixturePolicyModel.from_policies(components)
 
 
@@ -114,7 +117,7 @@ def main() -> None:
     logging.set_verbosity_error()
     output_dir = Path(args.output_dir)
     print(f"mpo_hf {mpo_hf.__version__}: opening three policies over one base ...", flush=True)
-    tokenizer, model = load_tokenizer(), open_policies()
+    tokenizer, model = load_tokenizer(), open_policies(args.dtype)
 
     trainer = MPOTrainer(
         model=model,

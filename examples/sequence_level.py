@@ -28,6 +28,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_particles", type=int, default=16, help="completions a prompt")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest completion")
     parser.add_argument("--num_rounds", type=int, default=5, help="timings of each way to decode")
+    parser.add_argument(
+        "--dtype", default="float32", help="of the policies; auto: bfloat16 where this processor is fast in it"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -125,7 +128,7 @@ def time_decoding(model: MixturePolicyModel, inputs: dict, num_rounds: int, rows
 def main() -> None:
     args = parse_args()
     logging.set_verbosity_error()
-    tokenizer, model = load_tokenizer(), open_policies()
+    tokenizer, model = load_tokenizer(), open_policies(args.dtype)
     prompts = load_prompts("test").shuffle(seed=args.seed)["prompt"][: args.num_prompts]
     start = time.perf_counter()
     set_seed(args.seed)

@@ -142,7 +142,7 @@ MENTIONED = {
     "assistant_tokenizer attention_mask hf_quantizer inputs_embeds is_assistant is_compileable next_sequence_length "
     "output_modalities",
     "transformers.PreTrainedConfig": f"_attn_implementation _commit_hash attn_implementation num_labels {HUB}",
-    "transformers.PreTrainedModel": "hf_device_map quantization_config tie_word_embeddings",
+    "transformers.PreTrainedModel": "hf_device_map is_quantized quantization_config tie_word_embeddings",
     "transformers.PreTrainedModel.from_pretrained": "adapter_kwargs attn_implementation config device_map dtype "
     f"generation_config gguf_file output_loading_info trust_remote_code use_safetensors variant {HUB}",
     "transformers.PreTrainedModel.save_pretrained": "is_main_process max_shard_size push_to_hub state_dict token",

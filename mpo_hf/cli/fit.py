@@ -1,6 +1,7 @@
 """`mpo-hf fit`: fits mixture weights to policies and their rewards."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from ..text_table import format_table
 from ..trainer import MPOConfig, MPOTrainer
 from ..trainer.fit_card import PLOT_NAME
 from ..trainer.progress import close_bars
+from .auto_dtype import settle_dtype
 from .data_files import check_data, file_type, load_table, with_prompts
 from .early_checks import check_dtype, check_folder, check_reporters
 from .parser import CommandParser, UsageError
@@ -62,7 +64,13 @@ class FitArguments(ScriptArguments):
     tokenizer: str | None = field(
         default=None, metadata={"help": "Repo id or folder of the tokenizer. Default: that of the first policy."}
     )
-    dtype: str = field(default="auto", metadata={"help": "Type of the policies in memory, such as bfloat16."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Type of the policies in memory, such as bfloat16. auto: that of the checkpoints, or float32 on a CPU that is "
+            "slow in it."
+        },
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run the Python code in the repos of the policies and of the tokenizer."}
     )
@@ -180,6 +188,7 @@ SECTIONS = {
 
 # Shorter than the help texts of TRL and Transformers.
 TEXTS = {
+    "dtype": "Such as bfloat16; auto: as stored, or float32 if faster",
     "dataset_config": "Configuration of a dataset that has several.",
     "dataset_train_split": "The split to fit on, such as 'train[:500]'.",
     "dataset_streaming": "Stream the dataset instead of downloading it first.",
@@ -330,7 +339,12 @@ def mix_policies(args: FitArguments, training_args: MPOConfig) -> MixturePolicyM
         kwargs["trust_remote_code"] = True
     if args.labels:
         kwargs["labels"] = args.labels
-    return MixturePolicyModel.from_policies(args.policies, args.weights, reference=args.reference, **kwargs)
+    model = MixturePolicyModel.from_policies(args.policies, args.weights, reference=args.reference, **kwargs)
+    if kwargs["dtype"] == "auto" and training_args.device.type == "cpu":
+        sentence = settle_dtype(model, with_reference=True)
+        if sentence and training_args.process_index == 0:
+            print(sentence, file=sys.stderr)
+    return model
 
 
 def load_prompts(args: FitArguments, name: str, split: str) -> Dataset | IterableDataset:

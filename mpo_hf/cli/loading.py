@@ -1,5 +1,6 @@
 """Options that choose a mixture, and loading it with its tokenizer, for several commands."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..mixture.modeling_mixture import MixturePolicyModel
 from ..mixture.tokenizer_loading import load_mixture_tokenizer
+from .auto_dtype import settle_dtype
 from .early_checks import check_device, check_dtype
 
 
@@ -25,7 +27,13 @@ class ModelArguments:
     allow_off_simplex: bool = field(
         default=False, metadata={"help": "Accept negative weights, and weights whose sum is not 1."}
     )
-    dtype: str = field(default="auto", metadata={"help": "Type of the weights in memory, such as bfloat16."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Type of the weights in memory, such as bfloat16. auto: that of the checkpoints, or float32 on a CPU that is "
+            "slow in it."
+        },
+    )
     device: str | None = field(
         default=None,
         metadata={"help": "Device to run on, such as cuda:1. Default: the accelerator if there is one, else the CPU."},
@@ -73,6 +81,8 @@ def load_mixture(args: ModelArguments) -> MixturePolicyModel:
         model = MixturePolicyModel.from_pretrained(args.model, **kwargs)
     if args.device_map is None:
         model.to(args.device or _default_device())
+    if args.dtype == "auto" and (sentence := settle_dtype(model)):
+        print(sentence, file=sys.stderr)
     return model.eval()
 
 

@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> None:
     from transformers.cli.transformers import app
     from transformers.utils.import_utils import is_serve_available
 
-    from ..mixture.modeling_mixture import MixturePolicyModel
+    from .auto_dtype import OpenedMixture
     from .early_checks import check_address
     from .serve_requests import answer_client_errors
 
@@ -52,7 +52,7 @@ def run(argv: Sequence[str]) -> None:
         check_address(_value(argv, "--host") or "localhost", _value(argv, "--port") or "8000")
         server.build_server = answer_client_errors(server.build_server)
     # the server looks up the class that a config names in the package of Transformers only
-    transformers.MixturePolicyModel = MixturePolicyModel
+    transformers.MixturePolicyModel = OpenedMixture
     app(["serve", *argv], prog_name="mpo-hf")
 
 
