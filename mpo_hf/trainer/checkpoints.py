@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.utils import logging
 
+from ..mixture.product_layouts import current_layouts, get_product_layouts, set_product_layouts
 from ..rollouts.identity import first_difference
 from ..rollouts.shard_files import read_json
 from .folder_lock import locked
@@ -166,6 +167,24 @@ class CheckpointResuming:
         logger.warning(f"There is no checkpoint in {str(self.args.output_dir)!r} to resume from: the fit begins anew.")
         if self.rollout_fit is not None:
             self.rollout_fit.store.discard_after(0)
+
+
+def layouts_state() -> dict[str, Any]:
+    """What a checkpoint keeps of how products are computed, which decides the last digits of what is drawn and scored."""
+    return {"measures": current_layouts().measures, "choices": get_product_layouts()}
+
+
+def adopt_layouts(state: dict[str, Any] | None) -> None:
+    """
+    Computes products as the run that is resumed did, and goes on measuring those that it had none of, unless this process has
+    been told how.
+
+    Args:
+        state (`dict`, *optional*): [`layouts_state`] of that run; `None` for a checkpoint of an earlier version.
+    """
+    if state is not None and current_layouts().measures:
+        set_product_layouts(state["choices"])
+        current_layouts().measures = state["measures"]
 
 
 def checkpoints_in(folder: str | os.PathLike) -> dict[Path, int]:

@@ -27,7 +27,7 @@ from ..rewards import RewardModelSpec, make_reward_functions, normalize_rewards
 from ..rollouts import Completions, eos_token_ids
 from ..rollouts.store import GivenRows, RolloutStore, given_rollouts
 from ..text_table import printable
-from .checkpoints import FIT_STATE, CheckpointResuming
+from .checkpoints import FIT_STATE, CheckpointResuming, adopt_layouts, layouts_state
 from .checks import check_arguments, check_mixture, drawn_temperature, set_decoding, use_dtype_of_policies
 from .decoded_estimator import DecodedEstimator
 from .fit_identity import checkpoint_identity, completions_identity
@@ -542,6 +542,8 @@ class _MirrorDescentCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.takes_best_step = False
+        if state.global_step:
+            adopt_layouts(self.trainer._saved_state().get("product_layouts"))
         self.trainer._fit_state().processes = args.world_size
         self.trainer._fit_state().identity = self.trainer.identity()
         self.trainer.prepare_reward_offsets()
@@ -594,5 +596,6 @@ class _FitState(TrainerCallback, ExportableState):
                 "rollouts": rollouts,
                 "processes": self.processes,
                 "identity": self.identity,
+                "product_layouts": layouts_state(),
             },
         }

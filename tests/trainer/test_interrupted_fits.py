@@ -15,7 +15,8 @@ from helpers import program
 from toy import PROMPTS, toy_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from mpo_hf import MixturePolicyModel, MPOTrainer
+from mpo_hf import MixturePolicyModel, MPOTrainer, get_product_layouts, set_product_layouts
+from mpo_hf.mixture.product_layouts import current_layouts
 from mpo_hf.rewards import RewardEnsemble
 from mpo_hf.trainer import fit_card, saving
 from mpo_hf.trainer.fingerprints import reward_fingerprint
@@ -310,6 +311,25 @@ def test_resuming_from_an_earlier_checkpoint_leaves_no_later_one(trainer, finish
     again = trainer()
     again.train(resume_from_checkpoint=True)
     assert torch.equal(again.weights, finished[1])
+
+
+@pytest.mark.parametrize("told", [None, "plain"])
+def test_products_are_computed_as_before_unless_somebody_says_how(trainer, tmp_path, told):
+    """Other forms round differently, and so could draw and weigh other completions."""
+    shape = "float32, 3 x 576 x 49152, 2 threads"
+    try:
+        set_product_layouts("measured")
+        current_layouts().choices[shape] = "turned"
+        trainer(max_steps=1).train()
+        set_product_layouts(told or "measured")  # as in another process
+        trainer(max_steps=2).train(resume_from_checkpoint=True)
+        assert get_product_layouts().get(shape) == ("turned" if told is None else None)
+        assert current_layouts().measures is (told is None)
+        set_product_layouts("measured")
+        trainer("anew").train()
+        assert shape not in get_product_layouts()
+    finally:
+        set_product_layouts("measured")
 
 
 def test_a_folder_without_anything_is_begun(trainer, finished, caplog):
