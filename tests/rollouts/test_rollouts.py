@@ -16,6 +16,7 @@ from mpo_hf.rollouts import (
     sample_completions,
     tokenize_prompts,
 )
+from mpo_hf.rollouts.sampling import draw_tokens
 from mpo_hf.rollouts.scoring import token_logps
 
 
@@ -87,6 +88,20 @@ def test_log_probabilities_are_those_of_the_definition(policies, mixture, temper
         if row % 5 == 0:
             table = token_level_mixture(policies, [0.3, 0.7], prompt, temperature)
         assert completions.proposal_logps[row].item() == close(table[tuple(completion.tolist())])
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 16, 50])
+def test_a_number_draws_the_token_that_it_falls_on_in_the_cumulative_distribution(size, monkeypatch):
+    generator = torch.Generator().manual_seed(size)
+    masses = torch.randint(0, 4, (size,), generator=generator) / 4  # many are 0, and no sum of them is rounded
+    masses[-1 if size < 3 else size // 2] = 0.75
+    numbers = torch.cat([torch.linspace(0, 1, 401, dtype=torch.float64)[:-1], torch.tensor([1 - 2.0**-53])])
+    monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: numbers[:, None])
+    drawn = draw_tokens(masses.log().expand(len(numbers), -1)).squeeze(-1)
+    ends = (masses / masses.sum()).double().cumsum(0)
+    for number, token in zip(numbers.tolist(), drawn.tolist()):
+        assert masses[token] > 0
+        assert ends[token] - masses[token] / masses.sum() - 1e-6 <= number <= ends[token] + 1e-6
 
 
 def test_padding_and_end_tokens_do_not_count(policies):
@@ -302,6 +317,7 @@ def test_samples_are_those_of_plain_generation(architecture, monkeypatch):
     models = [lfm2(seed) if architecture == "lfm2" else tiny(architecture, seed) for seed in range(2)]
     mixture = MixturePolicyModel.from_policies(models, [0.3, 0.7])
     padded, mask = pad_ids(SOME_PROMPTS, PAD, left=True)
+    monkeypatch.setattr(torch, "multinomial", lambda probabilities, num_samples: draw_tokens(probabilities.log()))
     torch.manual_seed(0)
     expected = mixture.generate(
         padded,

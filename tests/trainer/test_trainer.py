@@ -284,7 +284,7 @@ def test_rewards_see_columns_and_prompts_as_trl_gives_them(mixture, tmp_path):
     assert prompts == [PROMPTS[0]] * 4 + [PROMPTS[1]] * 4
     assert answer == [0] * 4 + [1] * 4
     assert step == 0 and more == {"log_metric", "log_extra"}
-    assert [toy_tokenizer().decode(ids) for ids in completion_ids] == completions
+    assert [toy_tokenizer().decode(ids, skip_special_tokens=True) for ids in completion_ids] == completions
 
 
 def test_conversational_prompts_give_conversational_completions(mixture, tmp_path):
