@@ -30,7 +30,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
-from mpo_hf import MixturePolicyModel, MPOConfig, MPOTrainer
+from mpo_hf import MixturePolicyModel, MPOConfig, MPOTrainer, set_product_layouts
 from mpo_hf.rollouts import pad_ids, tokenize_prompts
 from mpo_hf.trainer.rollout_fit import prompt_key
 from mpo_hf.trainer.row_scoring import in_share
@@ -39,7 +39,7 @@ from mpo_hf.trainer.row_scoring import in_share
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from prompts import load_prompts  # noqa: E402
-from quickstart import OBJECTIVES, open_policies  # noqa: E402
+from quickstart import OBJECTIVES  # noqa: E402
 from rewards import REWARD_FUNCS  # noqa: E402
 from smollm2 import base_spec, load_tokenizer  # noqa: E402
 
@@ -71,6 +71,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--logps_batch_size", type=int, default=8, help="completions a pass when scoring")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--layouts",
+        default="measured",
+        choices=["measured", "plain"],
+        help="how the products of the mixture are computed",
+    )
+    parser.add_argument("--kinds", type=int, nargs="+", help="which fits, by their rows in the table, from 0 on")
+    parser.add_argument("--folder", help="a folder that the base was saved to, which is loaded faster")
     parser.add_argument(
         "--cpu_time", action="store_true", help="count the CPU time of the process, for machines that have other work"
     )
@@ -85,6 +94,14 @@ def choose_prompts(count: int) -> Dataset:
         rows[in_share(prompt_key(example), SHARE)].append(row)
     num_scored = round(SHARE * count)
     return prompts.select(sorted(rows[True][:num_scored] + rows[False][: count - num_scored]))
+
+
+def open_policies(spec: dict[str, str], dtype: str) -> MixturePolicyModel:
+    """All three adapters and the reference share one copy of the base model."""
+    folders = {name: str(HERE.parent / "policies" / name) for name in OBJECTIVES}
+    return MixturePolicyModel.from_policies(
+        [{**spec, "adapter": folder, "label": name, "dtype": dtype} for name, folder in folders.items()]
+    )
 
 
 def generate(
@@ -180,18 +197,20 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     clock = time.process_time if args.cpu_time else time.perf_counter
-    spec = base_spec()
-    base = AutoModelForCausalLM.from_pretrained(spec.pop("name_or_path"), **spec, dtype="float32").eval()
-    tokenizer, model = load_tokenizer(), open_policies()
+    set_product_layouts(args.layouts)
+    spec = {"name_or_path": args.folder} if args.folder else base_spec()
+    tokenizer, model = load_tokenizer(), open_policies(spec, args.dtype)
+    base = AutoModelForCausalLM.from_pretrained(spec.pop("name_or_path"), **spec, dtype=args.dtype).eval()
+    kinds = KINDS if args.kinds is None else [KINDS[row] for row in args.kinds]
     prompts = choose_prompts(args.prompts)["prompt"]
     bare: list[float] = []
-    fits: dict[tuple[str, str, float], list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    fits: dict[Kind, list[dict[str, float]]] = {kind: [] for kind in kinds}
     for repetition in range(args.repetitions + 1):  # the first repetition is not counted
         set_seed(repetition)
         start = clock()
         generate(base, tokenizer, prompts, args)
         bare.append(clock() - start)
-        for kind in KINDS:
+        for kind in kinds:
             with tempfile.TemporaryDirectory() as folder:
                 trainer = make_trainer(model, tokenizer, kind, folder, args)
                 seconds = time_parts(trainer, clock)
@@ -205,7 +224,7 @@ def main() -> None:
 def print_table(args: argparse.Namespace, bare: list[float], fits: dict[Kind, list[dict]]) -> None:
     print(
         f"{args.prompts} prompts x {args.num_generations} completions of up to {args.max_completion_length} tokens, "
-        f"{args.batch_size} at a time; {describe_machine()}. Bare generation takes {statistics.median(bare):.1f} s; all else in "
+        f"{args.batch_size} at a time, {args.dtype}, layouts {args.layouts}; {describe_machine()}. Bare generation takes {statistics.median(bare):.1f} s; all else in "
         "multiples of it:\n"
     )
     rows = []
