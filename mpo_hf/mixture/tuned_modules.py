@@ -37,7 +37,8 @@ class TunedLinear(nn.Linear):
         rows = hidden_states.numel() // self.in_features
         form = self.products.form(rows)
         if form == PLAIN:
-            return F.linear(hidden_states, weight, bias)
+            # the last positions of several texts are no block of memory, for which PyTorch would copy the weight for each text
+            return F.linear(hidden_states.contiguous(), weight, bias)
         output = self.products.compute(form, hidden_states.reshape(rows, self.in_features), weight, bias)
         return output.view(*hidden_states.shape[:-1], self.out_features)
 

@@ -367,3 +367,15 @@ def test_layers_that_know_the_name_of_the_attention_keep_it():
     assert tuned_attention._asks_for_attention(LlamaAttention)
     assert not tuned_attention._asks_for_attention(FalconAttention)  # compares it with "sdpa"
     assert not tuned_attention._asks_for_attention(nn.Linear)
+
+
+def test_the_last_positions_of_several_texts_are_copied_rather_than_the_weight(all_sizes, monkeypatch):
+    """PyTorch multiplies rows that are no block of memory by a copy of the weight for each text."""
+    linear, seen = nn.Linear(8, 16, bias=False), []
+    monkeypatch.setattr(
+        tuned_modules.F, "linear", lambda rows, *args: seen.append(rows) or torch.mm(rows[:, 0], args[0].t())
+    )
+    set_product_layouts("plain")
+    with torch.no_grad():
+        Tuner().layer(linear)(torch.randn(3, 5, 8)[:, -1:])
+    assert seen and all(rows.is_contiguous() for rows in seen)
