@@ -1,8 +1,10 @@
 """Shared by the benchmarks of decoding: policies over one base, methods to decode them, timing and tables."""
 
+import argparse
 import copy
 import ctypes
 import gc
+import itertools
 import os
 import platform
 import statistics
@@ -39,6 +41,14 @@ TINY = {
     "max_position_embeddings": 4096,
 }
 
+OURS = "this project"
+
+# More rows can be faster than fewer, so these are tried for the fastest pass with at least some number of rows.
+ROWS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+
+# Instructions that products of matrices use, as /proc/cpuinfo names them.
+FEATURES = ["avx2", "avx512f", "avx512_bf16", "amx_bf16"]
+
 # A decoder: takes prompts, yields scores of the next token, is sent that token, yields scores of the one after it.
 Decoder = Generator[torch.Tensor, torch.Tensor, None]
 
@@ -51,14 +61,18 @@ def share_parameters(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def load_smollm2(count: int, folder: str | None = None) -> tuple[PreTrainedModel, PeftModel]:
+def load_smollm2(
+    count: int, folder: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PeftModel]:
     """
     SmolLM2-135M, and a PEFT model over its parameters with adapters named 0, 1 and so on: those of `examples/policies`,
-    repeated beyond three. Loading is faster from a `folder` that the base was saved to.
+    repeated beyond three. They are in float32, as PEFT loads them. Loading is faster from a `folder` that the base was
+    saved to.
     """
     from smollm2 import load_base
 
-    base = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() if folder else load_base().eval()
+    base = LlamaForCausalLM.from_pretrained(folder, dtype=dtype) if folder else load_base().to(dtype)
+    base.eval()
     folders = [HERE.parent / "policies" / ADAPTERS[k % len(ADAPTERS)] for k in range(count)]
     model = PeftModel.from_pretrained(share_parameters(base), folders[0], "0")
     for k, adapter in enumerate(folders[1:], start=1):
@@ -75,10 +89,10 @@ def add_random_adapters(base: PreTrainedModel, count: int, rank: int, **kwargs) 
     return model.eval().requires_grad_(False)
 
 
-def load_tiny(count: int) -> tuple[PreTrainedModel, PeftModel]:
+def load_tiny(count: int, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PeftModel]:
     """A random model of a few thousand parameters, for trying out a benchmark."""
     torch.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
+    base = LlamaForCausalLM(LlamaConfig(**TINY)).eval().to(dtype)
     return base, add_random_adapters(base, count, rank=4)
 
 
@@ -96,6 +110,30 @@ def merge(model: PeftModel, adapter: str) -> PreTrainedModel:
     return copy.deepcopy(model).merge_and_unload(adapter_names=[adapter]).eval()
 
 
+def load(args: argparse.Namespace, count: int) -> tuple[PreTrainedModel, PeftModel]:
+    """The base and its adapters, for the options of a command."""
+    dtype = getattr(torch, args.dtype)
+    return load_tiny(count, dtype) if args.tiny else load_smollm2(count, args.base, dtype)
+
+
+def prompts(args: argparse.Namespace, batch_size: int, length: int = 48) -> torch.Tensor:
+    """Prompts of one length, so that no method has to handle padding."""
+    if args.tiny:
+        return torch.randint(2, 100, (batch_size, length), generator=torch.Generator().manual_seed(0))
+    from prompts import load_prompts
+    from smollm2 import load_tokenizer
+
+    texts = itertools.islice(itertools.cycle(load_prompts("test")["prompt"]), batch_size)
+    tokenizer = load_tokenizer()
+    rows = [tokenizer.apply_chat_template(text, add_generation_prompt=True)["input_ids"] for text in texts]
+    shortest = min(len(row) for row in rows)
+    return torch.tensor([row[-min(shortest, length) :] for row in rows])
+
+
+def full_models(model: PeftModel, count: int) -> list[PreTrainedModel]:
+    return [merge(model, str(k)) for k in range(count)]
+
+
 # ---- decoders ----
 
 
@@ -105,6 +143,17 @@ def decode_one(model: PreTrainedModel, ids: torch.Tensor) -> Decoder:
     while True:
         logits = model(input_ids=ids, **{CACHE_NAME: cache}, logits_to_keep=1).logits[:, -1]
         ids = (yield logits)[:, None]
+
+
+def decode_rows(model: PreTrainedModel, rows: int, ids: torch.Tensor) -> Decoder:
+    """A single model on at least as many rows as it is given: those are repeated, and only their scores are returned."""
+    few = len(ids)
+    repeated = torch.arange(rows) % few
+    decoder = decode_one(model, ids[repeated])
+    scores = next(decoder)
+    while True:
+        tokens = yield scores[:few]
+        scores = decoder.send(tokens[repeated])
 
 
 def decode_loop_over_adapters(model: PeftModel, weights: Sequence[float], ids: torch.Tensor) -> Decoder:
@@ -235,6 +284,16 @@ def ratios(seconds: dict[str, list[float]], to: str) -> dict[str, list[float]]:
     return {name: quartiles([s / t for s, t in zip(own, seconds[to])]) for name, own in seconds.items()}
 
 
+def candidates(count: int) -> list[int]:
+    """Numbers of rows, from `count` on, that the fastest pass with at least `count` rows is looked for among."""
+    return [count, *(rows for rows in ROWS if rows > count)][:4]
+
+
+def fastest(seconds: dict[str, list[float]], names: Sequence[str]) -> str:
+    """The method with the smallest median."""
+    return min(names, key=lambda name: statistics.median(seconds[name]))
+
+
 def show(numbers: Sequence[float] | None) -> str:
     """A median with its quartiles, as a cell of a table."""
     return "" if numbers is None else f"{numbers[0]:.2f} ({numbers[1]:.2f} to {numbers[2]:.2f})"
@@ -261,13 +320,23 @@ def peak_memory(step: Callable[[], object]) -> float:
     return resident("VmHWM") - before
 
 
+def describe_processor() -> tuple[str, list[str]]:
+    """The processor, by family and model too because its name alone may say little, and which of `FEATURES` it has."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().split("\n\n")[0].splitlines() if info.exists() else []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in fields:
+        return platform.processor() or platform.machine(), []
+    flags = fields.get("flags", "").split()
+    name = f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
+    return name, [feature for feature in FEATURES if feature in flags]
+
+
 def describe_machine() -> str:
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0] if names else cpu
+    name, features = describe_processor()
+    cpu = f"{name} with {', '.join(features)};" if features else f"{name},"
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
+    return f"{cpu} {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
 
 
 # ---- tables ----

@@ -8,6 +8,7 @@ Models are built from a configuration on the device, with random weights: the ti
 The methods take turns, one run each:
 
 - base: the base model alone
+- floor: the base model alone on K times as many rows
 - ours: the mixture with its defaults, all adapters in one forward pass
 - loop: a forward pass for every adapter, one after another (`model.stack_adapters = False`)
 - names: PEFT's batch of several adapters (`adapter_names`), whose logits are pooled by a processor
@@ -84,7 +85,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["8B", "1B", "135M"])
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--modes", nargs="+", choices=["compiled", "eager"], default=["compiled", "eager"])
-    parser.add_argument("--ways", nargs="+", choices=["ours", "loop", "names"], default=["ours", "loop", "names"])
+    ways = ["floor", OURS, "loop", "names"]
+    parser.add_argument("--ways", nargs="+", choices=ways, default=ways)
     parser.add_argument("--minutes", type=float, help="no case is started later than this")
     parser.add_argument("--count", type=int, default=3, help="adapters, K")
     parser.add_argument("--rank", type=int, default=16, help="of every adapter, on all linear layers")
@@ -174,6 +176,7 @@ def make_ways(
         return run(model, ids.repeat(args.count, 1), [Pool(weights)], adapter_names=names)
 
     ways = {OURS: lambda: run(mixture, ids, []), "loop": lambda: run(loop, ids, []), "names": run_names}
+    ways["floor"] = lambda: run(base, ids.repeat(args.count, 1), [])
     return {"base": lambda: run(base, ids, []), **{name: ways[name] for name in args.ways}}
 
 
@@ -207,13 +210,14 @@ def measure(
         names = list(seconds)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             seconds[name].append(ways[name]()[0])
-    to_base = ratios(seconds, "base") if "base" in seconds else {}
+    to_base, to_floor = (ratios(seconds, to) if to in seconds else {} for to in ("base", "floor"))
     rows = []
     for name in ways:
         row = {"shape": shape, "batch": batch_size, "mode": mode, "way": name, "failed": failed.get(name)}
         if name in seconds:
             step = quartiles(seconds[name])[0]
-            row |= {"step_ms": 1000 * step, "tokens_per_second": batch_size / step, "to_base": to_base.get(name)}
+            row |= {"step_ms": 1000 * step, "tokens_per_second": batch_size / step}
+            row |= {"to_base": to_base.get(name), "to_floor": to_floor.get(name)}
             row |= {"peak_gib": peaks[name], "same_tokens": tokens[name] == tokens.get(OURS)}
         rows.append(row)
     return rows
@@ -224,12 +228,23 @@ def render(rows: list[dict]) -> str:
     for row in rows:
         case = [row["shape"], row["batch"], row["mode"], row["way"]]
         if row["failed"]:
-            cells.append([*case, row["failed"], "", "", ""])
+            cells.append([*case, row["failed"], "", "", "", ""])
         else:
             peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
             speed = f"{row['step_ms']:.2f}", f"{row['tokens_per_second']:.0f}"
-            cells.append([*case, *speed, show(row["to_base"]), peak])
-    return table(["shape", "batch", "mode", "way", "step, ms", "tokens a second", "time ÷ base", "peak, GiB"], cells)
+            cells.append([*case, *speed, show(row["to_base"]), show(row["to_floor"]), peak])
+    header = [
+        "shape",
+        "batch",
+        "mode",
+        "way",
+        "step, ms",
+        "tokens a second",
+        "time ÷ base",
+        "time ÷ floor",
+        "peak, GiB",
+    ]
+    return table(header, cells)
 
 
 def check_goal(rows: list[dict], args: argparse.Namespace) -> str:
