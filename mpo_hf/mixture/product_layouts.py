@@ -39,6 +39,7 @@ class _Layouts:
         self.measures = True
         self.choices: dict[str, str] = {}
         self.tried: set[str] = set()  # those known to work here
+        self.by_shape: dict[tuple, str] = {}  # choices by what their names are made of, which is faster to look up
         self.lock = threading.RLock()  # the measurement of one product may ask for the form of another
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .product_layouts import PLAIN, choose_layout
+from .product_layouts import PLAIN, choose_layout, current_layouts
 
 
 NAME = "mpo_hf_sdpa"
@@ -71,6 +71,9 @@ def _attention(
     ):
         return plain(module, query, key, value, attention_mask, **kwargs)
 
+    def in_half() -> torch.Tensor:
+        return plain(module, query, key, value, attention_mask, **kwargs)[0]
+
     def in_float32() -> torch.Tensor:
         mask = attention_mask
         if mask is not None and mask.is_floating_point():
@@ -78,16 +81,19 @@ def _attention(
         states = [states.float() for states in (query, key, value)]
         return plain(module, *states, mask, **kwargs)[0].to(query.dtype)
 
-    def in_half() -> torch.Tensor:
-        return plain(module, query, key, value, attention_mask, **kwargs)[0]
-
-    # sizes up to the next power of two share a choice
-    rows, new, length = [2 ** (size - 1).bit_length() for size in (query.shape[0], query.shape[2], key.shape[2])]
-    name = (
-        f"{str(query.dtype).removeprefix('torch.')} attention{'' if attention_mask is None else ' with a mask'}, "
-        f"{rows} x {query.shape[1]} of {key.shape[1]} x {new} x {length} x {query.shape[3]}, {torch.get_num_threads()} threads"
-    )
-    form = choose_layout(name, query.shape[3] + key.shape[2], {PLAIN: in_half, "float32": in_float32})
+    by_shape = current_layouts().by_shape
+    # lengths up to the next power of two share a choice, and so do numbers of rows
+    length = (key.shape[2] - 1).bit_length()
+    shape = query.shape, query.dtype, key.shape[1], length, attention_mask is None, torch.get_num_threads()
+    form = by_shape.get(shape)
+    if form is None:
+        rows, new = [2 ** (size - 1).bit_length() for size in (query.shape[0], query.shape[2])]
+        name = (
+            f"{str(query.dtype).removeprefix('torch.')} attention{'' if attention_mask is None else ' with a mask'}, "
+            f"{rows} x {query.shape[1]} of {key.shape[1]} x {new} x {2**length} x {query.shape[3]}, {shape[-1]} threads"
+        )
+        forms = {PLAIN: in_half, "float32": in_float32}
+        form = by_shape[shape] = choose_layout(name, query.shape[3] + key.shape[2], forms)
     return (in_half() if form == PLAIN else in_float32()), None
 
 

@@ -32,10 +32,14 @@ class TunedLinear(nn.Linear):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight, bias = self._parameters["weight"], self._parameters["bias"]
-        if torch.compiler.is_compiling() or not can_be_tuned(hidden_states, weight):
+        if torch.compiler.is_compiling():
             return F.linear(hidden_states, weight, bias)
         rows = hidden_states.numel() // self.in_features
-        form = self.products.form(rows)
+        form = self.products.known().get(rows)
+        if form != PLAIN:
+            if not can_be_tuned(hidden_states, weight):
+                return F.linear(hidden_states, weight, bias)
+            form = form or self.products.form(rows)
         if form == PLAIN:
             # the last positions of several texts are no block of memory, for which PyTorch would copy the weight for each text
             return F.linear(hidden_states.contiguous(), weight, bias)

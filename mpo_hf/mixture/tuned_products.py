@@ -66,16 +66,22 @@ class LinearProducts:
     def __init__(self):
         self.layers: list[dict[str, Any]] = []
         self._forms: dict[int, str] = {}
-        self._chosen_for: tuple | None = None
+        self._layouts: object = None
+        self._threads = 0
+
+    def known(self) -> dict[int, str]:
+        """The names of the forms that have been chosen, by number of rows."""
+        layouts, threads = current_layouts(), torch.get_num_threads()
+        if layouts is not self._layouts or threads != self._threads:
+            self._forms, self._layouts, self._threads = {}, layouts, threads
+        return self._forms
 
     def form(self, rows: int) -> str:
         """The name of the form for a number of rows."""
-        chosen_for = current_layouts(), torch.get_num_threads()
-        if chosen_for != self._chosen_for:
-            self._forms, self._chosen_for = {}, chosen_for
-        form = self._forms.get(rows)
+        forms = self.known()
+        form = forms.get(rows)
         if form is None:
-            form = self._forms[rows] = self.choose(_ROWS[min(bisect_left(_ROWS, rows), len(_ROWS) - 1)])
+            form = forms[rows] = self.choose(_ROWS[min(bisect_left(_ROWS, rows), len(_ROWS) - 1)])
         return form
 
     def choose(self, rows: int) -> str:
