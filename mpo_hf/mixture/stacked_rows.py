@@ -82,12 +82,14 @@ def with_children(module: nn.Module, children: dict[str, nn.Module | None]) -> n
     return twin
 
 
-def attributes_of(module: nn.Module) -> tuple[int, ...]:
+def attributes_of(module: nn.Module) -> tuple[Any, ...]:
     """
-    What tells whether a module that may be copied is still as it was, such as by a `forward` of its own. Other modules are
-    shared with copies, and may change as they run.
+    What tells whether a module that may be copied is still as it was, such as by a `forward` of its own or the dtype of its
+    weight. Other modules are shared with copies, and may change as they run.
     """
-    return tuple(map(id, vars(module).values())) if module._modules or isinstance(module, nn.Linear) else ()
+    if not (module._modules or isinstance(module, nn.Linear)):
+        return ()
+    return *map(id, vars(module).values()), getattr(getattr(module, "weight", None), "dtype", None)
 
 
 @torch.no_grad()

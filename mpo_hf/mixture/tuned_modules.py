@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -90,10 +91,10 @@ class TunedModels:
     """Tuned copies of full models, which mixtures and views of their components share."""
 
     def __init__(self):
-        self._copies: dict[int, tuple[list[Any], nn.Module]] = {}
+        self._copies: WeakKeyDictionary[nn.Module, tuple[list[Any], nn.Module]] = WeakKeyDictionary()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_copies": {}}  # a copy makes its own
+    def __reduce__(self) -> tuple[type, tuple]:
+        return TunedModels, ()  # a copy makes its own
 
     def get(self, model: nn.Module, check: bool = True) -> nn.Module:
         """
@@ -104,14 +105,17 @@ class TunedModels:
             check (`bool`, *optional*, defaults to `True`): whether to check if its modules are still those of the last call.
         """
         with lock_of(model):
-            state, twin = self._copies.get(id(model), (None, None))
-            if state is None or state[0] is not model or (check and state != _state(model)):
+            state, twin = self._copies.get(model, (None, None))
+            if state is None or (check and state != _state(model)):
                 state, twin = _state(model), tuned_copy(model, Tuner(), {})
-                self._copies[id(model)] = state, twin
+                self._copies[model] = state, twin
         return twin
 
 
 def _state(model: nn.Module) -> list[Any]:
-    """A list that differs when modules or their attributes have been replaced since a copy was made."""
+    """
+    A list that differs when modules inside of a model, or attributes, have been replaced since a copy was made. Without the
+    model itself, which it would keep alive.
+    """
     modules = list(model.modules())
-    return [*modules, *map(attributes_of, modules)]
+    return [*modules[1:], *map(attributes_of, modules)]

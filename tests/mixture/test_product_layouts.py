@@ -1,9 +1,11 @@
 """The forms that products take on the CPU: chosen by time, equal up to rounding, pinned where someone asks for it."""
 
 import copy
+import gc
 import json
 import logging
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -307,6 +309,23 @@ def test_changes_of_a_model_in_memory_are_seen():
     changed(lambda: prune.l1_unstructured(layer, "weight", amount=0.8))
     changed(lambda: setattr(model.model.layers[0].self_attn, "scaling", 0.01))
     changed(lambda: setattr(model.model.layers[0], "mlp", copy.deepcopy(model.model.layers[1].mlp)))
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("all_sizes")
+def test_copies_follow_to_another_dtype_and_end_with_their_model():
+    model = tiny("llama", 1)
+    mixture = MixturePolicyModel.from_policies([model])
+    mixture(**INPUTS)
+    mixture.to(torch.float64)
+    mixture(**INPUTS)
+    assert any(name.startswith("float64") for name in get_product_layouts())
+    assert torch.equal(copy.deepcopy(mixture)(**INPUTS).logits, mixture(**INPUTS).logits)
+    weights = weakref.ref(model.lm_head.weight)
+    mixture.backbone_0 = tiny("llama", 2)
+    del model
+    gc.collect()
+    assert weights() is None
 
 
 def test_training_and_hidden_states_run_the_model_itself(monkeypatch):
