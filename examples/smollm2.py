@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from mpo_hf.mixture.cpu_dtype import MARGIN, cpu_speed
+from mpo_hf.cpu_dtype import MARGIN, cpu_speed
 
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

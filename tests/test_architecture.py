@@ -22,7 +22,7 @@ ROOMS = {
     "cli": {"mixture", "decoding", "extraction", "rewards", "rollouts", "trainer"},
 }
 # Files beside the rooms, for all of them.
-COMMON = {"lazy", "text_table", ""}
+COMMON = {"cpu_dtype", "lazy", "text_table", ""}
 
 
 def imports_of(path: Path) -> set[tuple[str, ...]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..mixture.cpu_dtype import MARGIN, cpu_speed
+from ..cpu_dtype import MARGIN, cpu_speed
 from ..mixture.modeling_mixture import MixturePolicyModel
 
 

@@ -9,7 +9,7 @@ from mpo_hf import MixturePolicyModel
 from mpo_hf.cli import auto_dtype
 from mpo_hf.cli.auto_dtype import OpenedMixture, settle_dtype
 from mpo_hf.cli.main import main
-from mpo_hf.mixture.cpu_dtype import MARGIN, cpu_speed
+from mpo_hf.cpu_dtype import MARGIN, cpu_speed
 
 
 FAST, SLOW = 2.0, 0.4

@@ -29,7 +29,7 @@ def cpu_speed(dtype: torch.dtype) -> float:
 
     ```python
     >>> import torch
-    >>> from mpo_hf.mixture.cpu_dtype import cpu_speed
+    >>> from mpo_hf.cpu_dtype import cpu_speed
 
     >>> cpu_speed(torch.float32)
     1.0
