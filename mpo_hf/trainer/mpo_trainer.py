@@ -369,11 +369,11 @@ class MPOTrainer(CompletionSampling, FitLogging, MixtureSaving, CheckpointResumi
         rewards = self._known_rewards(known)
         if self.reward_functions:
             rewards = self.score_rewards(inputs, completions)
+        self._record_completions("train", completions, rewards)  # before those of the reference are scored
         self.rollout_fit.collect(step, self._repeated(inputs, completions), completions, rewards, known, proposals)
         if not self._is_given and self.rollout_fit.draws_reference(step):
             self._collect_reference(step, inputs)
         self.rollout_fit.prepare_estimator(is_last=step == self.state.max_steps and self.accelerator.sync_gradients)
-        self._record_completions("train", completions, rewards)
         return self.rollout_fit.loss(self.weights)
 
     def _collect_reference(self, step: int, inputs: list[dict[str, Any]]) -> None:

@@ -195,8 +195,10 @@ def test_a_prompt_weighs_as_often_as_it_stands_in_the_dataset(mixture, toy_folde
     assert [keys.count(key) for key in dict.fromkeys(keys)] == [8] * 4
     assert sorted(contents.count(content) for content in set(contents)) == [8, 24]
     assert trainer.rollout_fit.estimator.table.num_prompts == 4 and trainer.rollout_fit.num_prompts == 2
-    # a fit to the same completions weighs them in the same way, from the folder and from a table
-    for store in (tmp_path / "run" / "_rollouts", Dataset.from_parquet(str(tmp_path / "run/_rollouts/rollouts-*"))):
+    # a fit to the same completions weighs them in the same way, from the folder and from a table, which does not hold what
+    # each completion scores under the proposals of the others
+    table = Dataset.from_parquet(str(tmp_path / "run/_rollouts/rollouts-*"))
+    for store, tolerance in ((tmp_path / "run" / "_rollouts", 1e-6), (table, 0.02)):
         again = MPOTrainer(
             model=MixturePolicyModel.from_policies(
                 [toy_folder / label for label in LABELS], reference=toy_folder / "ref", labels=LABELS
@@ -207,7 +209,7 @@ def test_a_prompt_weighs_as_often_as_it_stands_in_the_dataset(mixture, toy_folde
         )
         again.train()
         assert keys_and_weights(again)[0] == keys
-        assert keys_and_weights(again)[1] == pytest.approx(weights, abs=1e-6)
+        assert keys_and_weights(again)[1] == pytest.approx(weights, abs=tolerance)
 
 
 @pytest.mark.parametrize("beta", [0.5, 2.0])
