@@ -22,3 +22,5 @@ trainer.train()
 # a file for each: what ranks print may be mixed up in the pipe that they share
 path = Path(values["weights"]) / f"rank-{trainer.accelerator.process_index}.json"
 path.write_text(json.dumps(trainer.model.config.mixture_weights))
+# a process group that is left open can abort a process at its exit
+trainer.accelerator.end_training()
