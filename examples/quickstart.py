@@ -61,9 +61,9 @@ def reward_functions(neural: bool) -> list:
     return rewards
 
 
-def open_policies(dtype: str = "float32") -> MixturePolicyModel:
-    """All three adapters and the reference share one copy of the base model."""
-    spec = {**base_spec(), "dtype": choose_dtype(dtype)}
+def open_policies(dtype: str = "float32", base: dict[str, str] | None = None) -> MixturePolicyModel:
+    """All three adapters and the reference share one copy of the base model, which is found where `base` says, if it does."""
+    spec = {**(base or base_spec()), "dtype": choose_dtype(dtype)}
     components = [{**spec, "adapter": str(HERE / "policies" / name), "label": name} for name in OBJECTIVES]
     return MixturePolicyModel.from_policies(components)
 

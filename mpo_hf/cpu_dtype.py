@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from .mixture.tuned_products import onednn
+
 
 # Rows of a few policies that decode a few completions, and a weight that does not fit into the caches of a core.
 _ROWS, _SHAPE, _ROUNDS = 16, (4096, 1024), 6
@@ -41,19 +43,15 @@ def cpu_speed(dtype: torch.dtype) -> float:
     seconds = [math.inf, math.inf]
     for _ in range(_ROUNDS):  # taking turns, so that what else the machine does slows down both
         for i, (rows, weight) in enumerate(operands):
-            seconds[i] = min(seconds[i], *(_seconds(product, rows, weight) for product in (F.linear, _onednn)))
+            seconds[i] = min(seconds[i], *(_seconds(product, rows, weight) for product in (F.linear, onednn)))
     return seconds[0] / seconds[1]
-
-
-def _onednn(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
 
 
 def _seconds(product: Callable, rows: torch.Tensor, weight: torch.Tensor) -> float:
     start = time.perf_counter()
     try:
         with torch.inference_mode():
-            product(rows, weight)
+            product(rows, weight, None)
     except (
         RuntimeError,
         AttributeError,

@@ -49,7 +49,6 @@ USED = {
     "mixture/adapter_switching.py": {"_modules"},
     "mixture/component_checks.py": {"_supports_default_dynamic_cache"},
     "mixture/component_loading.py": {"_commit_hash"},
-    "cpu_dtype.py": {"_linear_pointwise"},
     "mixture/hub.py": {"_auto_class"},
     "mixture/mixture_building.py": {"_attn_implementation"},
     "mixture/mixture_generation.py": {"_eos_token_tensor"},

@@ -39,7 +39,7 @@ from mpo_hf.trainer.row_scoring import in_share
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from prompts import load_prompts  # noqa: E402
-from quickstart import OBJECTIVES  # noqa: E402
+from quickstart import OBJECTIVES, open_policies  # noqa: E402
 from rewards import REWARD_FUNCS  # noqa: E402
 from smollm2 import base_spec, load_tokenizer  # noqa: E402
 
@@ -94,14 +94,6 @@ def choose_prompts(count: int) -> Dataset:
         rows[in_share(prompt_key(example), SHARE)].append(row)
     num_scored = round(SHARE * count)
     return prompts.select(sorted(rows[True][:num_scored] + rows[False][: count - num_scored]))
-
-
-def open_policies(spec: dict[str, str], dtype: str) -> MixturePolicyModel:
-    """All three adapters and the reference share one copy of the base model."""
-    folders = {name: str(HERE.parent / "policies" / name) for name in OBJECTIVES}
-    return MixturePolicyModel.from_policies(
-        [{**spec, "adapter": folder, "label": name, "dtype": dtype} for name, folder in folders.items()]
-    )
 
 
 def generate(
@@ -199,7 +191,7 @@ def main() -> None:
     clock = time.process_time if args.cpu_time else time.perf_counter
     set_product_layouts(args.layouts)
     spec = {"name_or_path": args.folder} if args.folder else base_spec()
-    tokenizer, model = load_tokenizer(), open_policies(spec, args.dtype)
+    tokenizer, model = load_tokenizer(), open_policies(args.dtype, spec)
     base = AutoModelForCausalLM.from_pretrained(spec.pop("name_or_path"), **spec, dtype=args.dtype).eval()
     kinds = KINDS if args.kinds is None else [KINDS[row] for row in args.kinds]
     prompts = choose_prompts(args.prompts)["prompt"]

@@ -156,11 +156,17 @@ class ComponentRunningMixin:
                 )
 
     def _groups(
-        self, active: Sequence[int], inputs: dict[str, Any], views: dict[int, Cache], check: bool = True
+        self,
+        active: Sequence[int],
+        inputs: dict[str, Any],
+        views: dict[int, Cache],
+        check: bool = True,
+        with_single: bool = True,
     ) -> dict[int, tuple[list[int], nn.Module]]:
         """
-        Maps each component that runs side by side with others in this call to all members of its group and the model
-        that runs them. `check` is whether to compare adapters and models with what the stack was made from.
+        Maps each component that runs side by side with others in this call, or by itself on a tuned copy, to all members of
+        its group and the model that runs them. `check` is whether to compare adapters and models with what that was made
+        from, `with_single` whether to include components that run by themselves.
         """
         groups: dict[int, tuple[list[int], nn.Module]] = {}
         if hasattr(self, "peft_config") or not can_stack(views.values()):
@@ -168,7 +174,7 @@ class ComponentRunningMixin:
         for index in dict.fromkeys(self.policies[k].backbone for k in active) if self.stack_adapters else ():
             if not can_run_stacked(self.backbones[index], inputs):
                 continue
-            for members in self._adapter_groups(index, active, inputs):
+            for members in self._adapter_groups(index, active, inputs, with_single):
                 stack = self._stacks[index].get([self.policies[k].adapter for k in members], check=check)
                 if stack is not None:
                     groups |= dict.fromkeys(members, (members, stack))
@@ -178,7 +184,7 @@ class ComponentRunningMixin:
                 stack = models.get(check=check) if all(can_run_stacked(m, inputs) for m in models.models) else None
                 if stack is not None:
                     groups |= dict.fromkeys(members, (members, stack))
-        for k in active:
+        for k in active if with_single else ():
             model = full.get(k)
             if model is None or k in groups or hasattr(model, "get_base_model"):
                 continue
@@ -186,12 +192,14 @@ class ComponentRunningMixin:
                 groups[k] = [k], self._tuned_models.get(model, check=check)
         return groups
 
-    def _adapter_groups(self, index: int, active: Sequence[int], inputs: dict[str, Any]) -> list[list[int]]:
+    def _adapter_groups(
+        self, index: int, active: Sequence[int], inputs: dict[str, Any], with_single: bool
+    ) -> list[list[int]]:
         """Which components run side by side on a model with adapters, or alone on its stack of one."""
         members = self._stackable(index, active)
         if len(members) > 1 and saves_time(inputs, len(members)):
             return [members]
-        return [[k] for k in members] if self._is_tuned(self.backbones[index]) else []
+        return [[k] for k in members] if with_single and self._is_tuned(self.backbones[index]) else []
 
     @staticmethod
     def _is_tuned(backbone: nn.Module) -> bool:
@@ -204,9 +212,8 @@ class ComponentRunningMixin:
         whether adapters have changed, and compiled steps can neither stack adapters nor gather their keys.
         """
         step = {"input_ids": torch.empty(rows, 1, dtype=torch.long, device=self.device)}
-        for members, _ in self._groups(active, step, views).values():
-            if len(members) > 1:
-                join_static_layers([views[k] for k in members])
+        for members, _ in self._groups(active, step, views, with_single=False).values():
+            join_static_layers([views[k] for k in members])
 
     def _stackable(self, index: int, components: Sequence[int]) -> list[int]:
         """Which of `components` run on a model with adapters that can be stacked."""

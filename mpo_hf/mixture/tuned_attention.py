@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .product_layouts import PLAIN, choose_layout, current_layouts
+from .product_layouts import PLAIN, choose_layout, current_layouts, name_of
 
 
 NAME = "mpo_hf_sdpa"
@@ -88,10 +88,8 @@ def _attention(
     form = by_shape.get(shape)
     if form is None:
         rows, new = [2 ** (size - 1).bit_length() for size in (query.shape[0], query.shape[2])]
-        name = (
-            f"{str(query.dtype).removeprefix('torch.')} attention{'' if attention_mask is None else ' with a mask'}, "
-            f"{rows} x {query.shape[1]} of {key.shape[1]} x {new} x {2**length} x {query.shape[3]}, {shape[-1]} threads"
-        )
+        sizes = f"{rows} x {query.shape[1]} of {key.shape[1]} x {new} x {2**length} x {query.shape[3]}"
+        name = name_of(query.dtype, sizes, " attention" if attention_mask is None else " attention with a mask")
         forms = {PLAIN: in_half, "float32": in_float32}
         form = by_shape[shape] = choose_layout(name, query.shape[3] + key.shape[2], forms)
     return (in_half() if form == PLAIN else in_float32()), None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .product_layouts import PLAIN, choose_layout, current_layouts
+from .product_layouts import PLAIN, choose_layout, current_layouts, name_of
 
 
 # Smaller weights stay as they are: no form would save more than the time to choose it.
@@ -28,7 +28,8 @@ def _turned(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     return output if bias is None else output.add_(bias)
 
 
-def _onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`F.linear` by oneDNN, where this build of PyTorch has it."""
     # what torch.compile makes of linear layers; `F.linear` asks another library in float32
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
@@ -47,7 +48,7 @@ def _one_by_one(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 # With the smallest and the largest number of rows that each form is tried for.
 _PRODUCTS: dict[str, tuple[Product, int, int]] = {
     PLAIN: (F.linear, 1, _ROWS[-1]),
-    "onednn": (_onednn, 1, _ROWS[-1]),
+    "onednn": (onednn, 1, _ROWS[-1]),
     "turned": (_turned, 2, _ROWS[-1]),
     "padded to 4": (_padded_to(4), 2, 3),
     "padded to 8": (_padded_to(8), 2, 7),
@@ -100,7 +101,7 @@ class LinearProducts:
             for form, (product, least, most) in _PRODUCTS.items()
             if least <= rows <= most
         }
-        return choose_layout(_name_of(dtype, f"{rows} x {in_features} x {out_features}"), in_features, forms)
+        return choose_layout(name_of(dtype, f"{rows} x {in_features} x {out_features}"), in_features, forms)
 
     def _sample(self, rows: int) -> list[torch.Tensor]:
         """Weights to time a form with."""
@@ -142,7 +143,7 @@ class StackedProducts(LinearProducts):
             return output
 
         forms = {form: lambda form=form: run(form) for form in (PLAIN, "one by one")}
-        name = _name_of(dtype, f"{count} of {rows} x {in_features} x {out_features}")
+        name = name_of(dtype, f"{count} of {rows} x {in_features} x {out_features}")
         return choose_layout(name, in_features, forms)
 
     def compute(self, form: str, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -164,7 +165,3 @@ def can_be_tuned(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
 def _noise(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     # a generator of its own: that of the user decides what is sampled
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-
-def _name_of(dtype: torch.dtype, shape: str) -> str:
-    return f"{str(dtype).removeprefix('torch.')}, {shape}, {torch.get_num_threads()} threads"

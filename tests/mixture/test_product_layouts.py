@@ -111,6 +111,14 @@ def test_a_form_that_computes_something_else_or_does_not_exist_is_not_chosen():
     assert choose_layout("a", 1, own | wrong | nan | shorter) == PLAIN
 
 
+def test_a_product_of_nan_is_plain_without_a_word(caplog):
+    nan = {form: lambda: torch.full((3,), torch.nan) for form in (PLAIN, "turned")}
+    with caplog.at_level(logging.WARNING, logger="mpo_hf"):
+        logging.getLogger("mpo_hf").propagate = True
+        assert choose_layout("a", 1, nan) == PLAIN
+    assert not caplog.records
+
+
 def test_choices_are_pinned_and_all_else_is_plain():
     set_product_layouts({"a": "turned"})
     own, calls = forms(plain=0.001, turned=0.002)
